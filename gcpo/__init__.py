@@ -1,0 +1,2 @@
+"""Group Causal Policy Optimization."""
+__version__ = "0.1.0"

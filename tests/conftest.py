@@ -1,0 +1,25 @@
+"""Shared by all tests: no network, few threads, and a small configuration of a run."""
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+SMALL = dict(model="tiny", shots=0, lora_r=0, learning_rate=1e-3, max_steps=6, eval_steps=3, save_steps=2, eval_size=40, device="cpu",
+             max_completion_length=8, max_draw_length=8, max_continuation_length=8, beta=0.02, num_iterations=2, prompts_per_step=3, num_generations=4)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long; run by `make slow`")
+
+
+@pytest.fixture
+def small(tmp_path):
+    "Parameters of a run of seconds on tiny, into a directory of its own."
+    return {**SMALL, "output_dir": str(tmp_path / "run")}
