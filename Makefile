@@ -42,7 +42,7 @@ notebooks: install ## run all notebooks, export the package, rebuild the README
 	$(MAKE) readme
 
 readme: install ## README.md from nbs/index.ipynb
-	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir . --output README nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-input --output-dir . --output README --NbConvertApp.output_files_dir=nbs/images nbs/index.ipynb
 
 tiny: install ## rebuild the checkpoint in data/tiny (20 minutes)
 	cd nbs/tours && ../../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace tiny_warm_start.ipynb

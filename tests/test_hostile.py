@@ -69,7 +69,7 @@ def test_chat_messages_need_a_chat_template(small, tmp_path):
         prepare(Config.checked({**small, "data": str(tmp_path / "data.jsonl")}))
 
 
-@pytest.mark.parametrize("name, told", [("too_few", "1 rewards for 12"), ("nan", "nan"), ("text", "'good'"), ("not_a_function", "no function"), ("lenght", "did you mean 'length'?")])
+@pytest.mark.parametrize("name, told", [("too_few", "1 rewards for 4"), ("nan", "nan"), ("text", "'good'"), ("not_a_function", "no function"), ("lenght", "did you mean 'length'?")])
 def test_reward_functions_that_misbehave(name, told, small, mine):
     with pytest.raises(ValueError) as error:
         train(Config.checked({**small, "rewards": [f"my_rewards:{name}"]}))
@@ -105,10 +105,10 @@ def test_an_infinite_gradient_names_itself(small, monkeypatch):
         train(Config.checked({**small, "max_steps": 1}))
 
 
-def test_an_infinite_reference_names_step_group_and_quantity(small, monkeypatch):
+def test_an_infinite_reference_names_step_group_and_quantity(small, tmp_path, monkeypatch):
     import gcpo.train as module
     real = module.contexts_logp
-    monkeypatch.setattr(module, "contexts_logp", lambda *a, **k: [x - math.inf if False else x * 1e38 * 1e38 if not torch.is_grad_enabled() else x for x in real(*a, **k)])
-    with pytest.raises((NonFiniteError, ValueError)) as error:
+    monkeypatch.setattr(module, "contexts_logp", lambda *a, **k: [x * math.inf for x in real(*a, **k)])
+    with pytest.raises(NonFiniteError, match=r"step 0, group 'largest_of_three-\d+': log-probs in the contexts of the causal reference not finite"):
         train(Config.checked({**small, "max_steps": 1}))
-    assert "group" in str(error.value) or "finite" in str(error.value)
+    assert (tmp_path / "run" / "failed-step-000000.json").exists()
