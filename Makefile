@@ -37,7 +37,7 @@ bench: install ## measure; writes data/bench
 	$(BIN)/python -m pytest tests/bench_step.py -q -s
 
 notebooks: install ## run all notebooks, export the package, rebuild the README
-	for nb in nbs/[0-4]*.ipynb; do echo $$nb; (cd nbs && ../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace $$(basename $$nb)) || exit 1; done
+	for nb in nbs/[0-4]*.ipynb; do echo $$nb; (cd nbs && ../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace $$(basename $$nb)) || exit 1; done
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
 	$(MAKE) readme
 
@@ -45,7 +45,7 @@ readme: install ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-input --output-dir . --output README --NbConvertApp.output_files_dir=nbs/images nbs/index.ipynb
 
 tiny: install ## rebuild the checkpoint in data/tiny (20 minutes)
-	cd nbs/tours && ../../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace tiny_warm_start.ipynb
+	cd nbs/tours && ../../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace tiny_warm_start.ipynb
 
 docs: install ## HTML of all notebooks in _docs
 	$(BIN)/jupyter nbconvert --log-level ERROR --to html --output-dir _docs nbs/*.ipynb nbs/tours/*.ipynb

@@ -7,7 +7,7 @@ __all__ = ['SHORT', 'LONG', 'TEMPLATES', 'ORDERS', 'DRAWS', 'ENCODINGS', 'Templa
            'shorten', 'Collider', 'show', 'Contexts', 'paper', 'loo', 'fresh', 'integrate', 'continue_contexts',
            'alone', 'in_context', 'encode', 'contexts_logp']
 
-# %% ../nbs/11_collider.ipynb #cc1dfaca
+# %% ../nbs/11_collider.ipynb #a7e3b4f0
 import random
 from dataclasses import dataclass, replace
 from typing import Callable, Sequence
@@ -20,7 +20,7 @@ from .policy import Policy
 from .sample import Sampling, content, sample
 from .score import score, split_groups
 
-# %% ../nbs/11_collider.ipynb #f6061851
+# %% ../nbs/11_collider.ipynb #61004141
 @dataclass(frozen=True)
 class Template:
     "Text pieces of a causal context: `head intro (open y_k close)* integrate cue` asks for y_n; `... integrated_open y_n integrated_close cue` asks for y_i again."
@@ -36,7 +36,7 @@ SHORT = Template("Proposed answers:", "", "", "\n", "\nCombined answer:", "\n")
 LONG = Template("\n\nCandidate answers:", "\n\n- ", "", "\n\nWeigh the candidate answers and give the best answer.", "\n\nIntegrated answer:\n\n", "\n\nGive your own answer.")
 TEMPLATES = {"short": SHORT, "long": LONG}
 
-# %% ../nbs/11_collider.ipynb #6ed6fc47
+# %% ../nbs/11_collider.ipynb #72264042
 def fixed_order(n: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
     "For each i the others in index order: the paper's wording, little sharing."
     return tuple(tuple(k for k in range(n) if k != i) for i in range(n))
@@ -62,7 +62,7 @@ def divide_and_conquer(n: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
 
 ORDERS = {"divide_and_conquer": divide_and_conquer, "fixed": fixed_order}
 
-# %% ../nbs/11_collider.ipynb #b4cdcec0
+# %% ../nbs/11_collider.ipynb #24c66c72
 def shorten(tokenizer, ids: Tensor, budget: int) -> tuple[Tensor, bool]:
     "The part of a response that contexts show, at most `budget` tokens, and whether something but trailing white space was left out."
     encode = lambda text: torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)
@@ -89,7 +89,7 @@ def _end_of_box(text: str) -> int:
             return end + 1
     return len(text)
 
-# %% ../nbs/11_collider.ipynb #3a4b8325
+# %% ../nbs/11_collider.ipynb #b239b9c8
 @dataclass(frozen=True)
 class Collider:
     """The collider's choices. `J`: draws of y_n a group (>= 2), `m`: continuations a context (>= 1), `draw_how`, `continue_how`: sampling of y_n and of continuations,
@@ -116,7 +116,7 @@ def show(policy: Policy, group: Group, collider: Collider, seed: tuple = (0,)) -
     paths = collider.order(len(group), derive_seed(*seed, "order", group.query.id))
     return replace(group, shown_G=shown, shortened_G=torch.tensor(cut), paths_G=paths)
 
-# %% ../nbs/11_collider.ipynb #d80486fd
+# %% ../nbs/11_collider.ipynb #c16884f6
 class Contexts:
     "Adds the causal contexts of one shown group to a prefix tree; every method returns the node after which the policy speaks."
 
@@ -151,7 +151,7 @@ class Contexts:
         "c_{i,j} = (q, y_{-i}, y_{n,j}): asks for response i."
         return self.tree.add(self._candidates(self._others(i)), torch.cat([self.integrated_open, draw]), *self.integrated_close)
 
-# %% ../nbs/11_collider.ipynb #2b31819f
+# %% ../nbs/11_collider.ipynb #d337f42e
 def _draw(policy: Policy, tree: PrefixTree, rows: list[tuple[int, tuple]], how: Sampling, seed: tuple, what: str) -> list[Tensor]:
     "Sample one completion for each (node, address); returns ids as contexts show them."
     samples = sample(policy, tree, [node for node, _ in rows], [derive_seed(*seed, what, *address) for _, address in rows], how)
@@ -184,7 +184,7 @@ def _one_and_rest(groups: Sequence[Group], J: int, drawn: Sequence[Tensor]) -> l
         out.append([[y_n, *(next(drawn) for _ in range(J - 1))] for _ in g.ids_G])
     return out
 
-# %% ../nbs/11_collider.ipynb #918da4dc
+# %% ../nbs/11_collider.ipynb #d98293c6
 def fresh(policy: Policy, groups: Sequence[Group], collider: Collider, seed: tuple) -> list[list[list[Tensor]]]:
     "y_{n,0} from all responses; y_{n,j}^{(i)} with slot i filled by a new response y~ ~ pi(.|q) for j >= 1. Returns [group][i][j] ids."
     slots = [(g, i, j) for g in groups for i in range(len(g)) for j in range(1, collider.J)]
@@ -208,7 +208,7 @@ def integrate(policy: Policy, groups: Sequence[Group], collider: Collider, seed:
     draws = collider.draw(policy, shown, collider, seed) if shown else []
     return [replace(g, draws_G_J=tuple(map(tuple, d))) for g, d in zip(shown, draws)]
 
-# %% ../nbs/11_collider.ipynb #3cdba3fd
+# %% ../nbs/11_collider.ipynb #6c5ae753
 def continue_contexts(policy: Policy, groups: Sequence[Group], collider: Collider, seed: tuple = (0,)) -> list[Group]:
     "Step 3: the groups with m continuations O_{i,j,k} ~ pi(.|c_{i,j}) of every context, all in one batch."
     tree, rows = PrefixTree(), []
@@ -219,7 +219,7 @@ def continue_contexts(policy: Policy, groups: Sequence[Group], collider: Collide
     answers = lambda g: tuple(tuple(tuple(next(samples).ids for _ in range(collider.m)) for _ in draws) for draws in g.draws_G_J)
     return [replace(g, continuations_G_J_M=answers(g)) for g in groups]
 
-# %% ../nbs/11_collider.ipynb #0afbbce2
+# %% ../nbs/11_collider.ipynb #f684398d
 def _kept(policy: Policy, ids: Tensor) -> Tensor:
     "Ids up to the final token that says something: without the end token, unless it is all there is."
     return content(policy, ids) if len(content(policy, ids)) else ids
@@ -244,7 +244,7 @@ def in_context(policy: Policy, groups: Sequence[Group], collider: Collider, tree
 
 ENCODINGS = {"alone": alone, "in_context": in_context}
 
-# %% ../nbs/11_collider.ipynb #506eb420
+# %% ../nbs/11_collider.ipynb #90b9956f
 @torch.no_grad()
 def encode(policy: Policy, groups: Sequence[Group], collider: Collider, encoding: Callable = alone) -> list[Group]:
     "The groups with final-token states z_G_D of the responses and Z_G_J_M_D of the continuations (empty where there are none), float32 on the CPU, from one packed pass."
@@ -259,7 +259,7 @@ def encode(policy: Policy, groups: Sequence[Group], collider: Collider, encoding
         out.append(replace(g, z_G_D=s[:len(g)], Z_G_J_M_D=s[len(g):].reshape(shape)))
     return out
 
-# %% ../nbs/11_collider.ipynb #7a18cd14
+# %% ../nbs/11_collider.ipynb #42aa3f7d
 def contexts_logp(policy: Policy, groups: Sequence[Group], collider: Collider, draws: int, temperature: float = 1.0) -> list[Tensor]:
     "log pi(y_i | c_{i,l}) for l < draws: a padded [G, draws, T] per group, from one packed pass; [:, 0] is x_i."
     if not groups:

@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'Row', 'largest_of_three', 'addition', 'is_held_out', 'generated_rows', 'read_jsonl', 'file_rows',
            'load_rows', 'to_query']
 
-# %% ../nbs/01_data.ipynb #665e5788
+# %% ../nbs/01_data.ipynb #693c31cc
 import json
 import random
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import torch
 
 from .core import Query, choose, derive_seed
 
-# %% ../nbs/01_data.ipynb #deaf3fc5
+# %% ../nbs/01_data.ipynb #1b2c0d69
 @dataclass(frozen=True)
 class Row:
     "A question. `prompt` is a string (then followed by `cue`) or chat messages; `columns` go to the reward functions."
@@ -26,7 +26,7 @@ class Row:
     cue: str = ""
     columns: dict = field(default_factory=dict)
 
-# %% ../nbs/01_data.ipynb #4f33eced
+# %% ../nbs/01_data.ipynb #b8b10724
 def largest_of_three(rng: random.Random) -> tuple[str, str, str]:
     "Question, cue and answer: the largest of three different two-digit numbers."
     numbers = rng.sample(range(10, 100), 3)
@@ -41,7 +41,7 @@ def addition(rng: random.Random) -> tuple[str, str, str]:
 
 TASKS: dict[str, Callable] = {"largest_of_three": largest_of_three, "addition": addition}
 
-# %% ../nbs/01_data.ipynb #e72b0524
+# %% ../nbs/01_data.ipynb #3eb5000a
 def is_held_out(question: str) -> bool:
     "Whether a generated question is on the held-out side (one in five, by the hash of its text)."
     return derive_seed("split", question) % 5 == 0
@@ -74,7 +74,7 @@ def _examples(make: Callable, shots: int) -> str:
             text += f"{question}{cue} {answer}\n\n"
     return text
 
-# %% ../nbs/01_data.ipynb #f43e7a9a
+# %% ../nbs/01_data.ipynb #9d8ee134
 def read_jsonl(path: str | Path) -> list[dict]:
     "Objects of a JSON-lines file. Raises ValueError (file and line) when it is missing, empty, or a line is no JSON object."
     path = Path(path)
@@ -94,7 +94,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
         raise ValueError(f"data file '{path}' is empty: it needs at least one line such as {{\"prompt\": ..., \"answer\": ...}}")
     return objects
 
-# %% ../nbs/01_data.ipynb #7bdc4b63
+# %% ../nbs/01_data.ipynb #96598864
 _QUESTION_FIELDS = ("prompt", "problem", "question")
 
 
@@ -114,7 +114,7 @@ def file_rows(path: str | Path) -> list[Row]:
         rows.append(Row(str(item.get("id", number)), prompt, columns=columns))
     return rows
 
-# %% ../nbs/01_data.ipynb #c6b81884
+# %% ../nbs/01_data.ipynb #412f62da
 def load_rows(data: str, eval_data: str = "", train_size: int = 1000, eval_size: int = 100, seed: int = 0, shots: int = 0) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows of a task or a `.jsonl` file (`train_size` concerns generated tasks alone).
 
@@ -136,7 +136,7 @@ def load_rows(data: str, eval_data: str = "", train_size: int = 1000, eval_size:
         raise ValueError(f"{len(both)} question(s) stand in the training and in the held-out rows, for example {next(iter(both))[:80]}: remove them from one side")
     return train, held_out
 
-# %% ../nbs/01_data.ipynb #78a6e18d
+# %% ../nbs/01_data.ipynb #fa5890bc
 _MARK = "\u241fHERE\u241f"
 
 

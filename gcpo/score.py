@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK_BYTES', 'logp_alone', 'read_logp', 'Scores', 'score', 'tree_logp', 'groups_logp', 'split_groups']
 
-# %% ../nbs/04_score.ipynb #d34d653a
+# %% ../nbs/04_score.ipynb #338e6eaa
 from dataclasses import dataclass
 from typing import Sequence
 
@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from .core import Group, PrefixTree, pad, row_mask
 from .policy import Packed, Policy
 
-# %% ../nbs/04_score.ipynb #7049a72d
+# %% ../nbs/04_score.ipynb #47828523
 def logp_alone(policy: Policy, context: Tensor, target: Tensor) -> Tensor:
     "Log-probs [T] of `target` after `context`, both 1-D ids, from a plain forward pass: the oracle of `score`."
     ids = torch.cat([context, target]).to(policy.device)
     logits = policy.model(ids[None], use_cache=False).logits[0, len(context) - 1:-1].float()
     return logits.log_softmax(-1).gather(-1, target.to(policy.device)[:, None]).squeeze(-1)
 
-# %% ../nbs/04_score.ipynb #3d01d15d
+# %% ../nbs/04_score.ipynb #96ff3ba7
 CHUNK_BYTES = 128 * 2**20
 
 
@@ -52,7 +52,7 @@ def read_logp(policy: Policy, states_N_D: Tensor, at_K: Tensor, target_K: Tensor
     back = order.argsort()
     return tuple(torch.cat(column)[back] for column in zip(*parts))
 
-# %% ../nbs/04_score.ipynb #91027e4d
+# %% ../nbs/04_score.ipynb #5ac432de
 @dataclass(frozen=True)
 class Scores:
     "Per asked node: log-probs [T] and entropies [T] of its tokens; and the last-layer states [S, D] at the last token of the nodes in `states`."
@@ -85,7 +85,7 @@ def _predictors(packed: Packed, k: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"node {k} is a root of one token: nothing comes before it, so it has no log-prob; put it under a context")
     return own[:-1], own[1:]
 
-# %% ../nbs/04_score.ipynb #8b451e89
+# %% ../nbs/04_score.ipynb #f4a7a28a
 def tree_logp(policy: Policy, parents: Sequence[int], segments: Sequence[Tensor], scored: Sequence[int]) -> list[Tensor]:
     """Log-probs of a prefix tree: node k holds ids `segments[k]` under node `parents[k]` (-1: a root, parents before children).
 
@@ -98,7 +98,7 @@ def tree_logp(policy: Policy, parents: Sequence[int], segments: Sequence[Tensor]
         nodes.append(tree.add(nodes[parent] if parent != -1 else -1, torch.as_tensor(ids, dtype=torch.long).cpu()))
     return score(policy, tree, [nodes[k] for k in scored]).logp
 
-# %% ../nbs/04_score.ipynb #f8f7c32f
+# %% ../nbs/04_score.ipynb #f0a1ce1b
 def groups_logp(policy: Policy, groups: Sequence[Group], temperature: float = 1.0, entropy: bool = False) -> tuple[list[Tensor], list[Tensor]]:
     "log pi(y_i | q) and entropies, a padded [G, T] for each group, from one packed pass over all groups."
     tree = PrefixTree()

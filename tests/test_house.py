@@ -12,8 +12,8 @@ import pytest
 from conftest import BIN, ROOT
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-NUMBER = {nb.stem.split("_", 1)[1]: int(nb.stem.split("_")[0]) for nb in NOTEBOOKS}
-EXPORTING = {name for name, number in NUMBER.items() if number < 50}
+NUMBER = {nb.stem.split("_", 1)[1]: int(nb.stem[:2]) for nb in NOTEBOOKS if int(nb.stem[:2]) < 50}
+EXPORTING = set(NUMBER)
 
 
 def cells(path):
