@@ -23,7 +23,7 @@ install: .venv/.installed ## a virtual environment with everything, development 
 demo: install ## train SmolLM2-135M with GCPO on this machine; the executed notebook, figures and adapter lie in runs/demo
 	@echo "== training; the executed notebook will be $(DEMO)/50_train.ipynb"
 	mkdir -p $(DEMO)
-	$(BIN)/papermill nbs/50_train.ipynb $(DEMO)/50_train.ipynb -f nbs/params/demo.yaml -p output_dir $(DEMO) --progress-bar --log-output --log-level ERROR
+	$(BIN)/papermill nbs/50_train.ipynb $(DEMO)/50_train.ipynb -f nbs/params/demo.yaml -p output_dir $(DEMO) --no-progress-bar --log-level ERROR --stdout-file /dev/stdout
 	@echo; $(BIN)/python -c "from gcpo.train import summary; print(summary('$(DEMO)'))"
 
 test: install ## all tests but the slow ones

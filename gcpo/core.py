@@ -7,7 +7,7 @@ __all__ = ['derive_seed', 'nearest', 'choose', 'Parameters', 'Query', 'share_hea
            'upcast', 'PrefixTree', 'write_atomic', 'writable_dir', 'MetricsLog', 'read_metrics', 'uncommitted',
            'environment', 'data_dir']
 
-# %% ../nbs/00_core.ipynb #7204bf98
+# %% ../nbs/00_core.ipynb #794266b9
 import difflib, hashlib, json, os, platform, subprocess, sys
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -18,13 +18,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-# %% ../nbs/00_core.ipynb #9a1ad5b2
+# %% ../nbs/00_core.ipynb #27529edc
 def derive_seed(*parts: int | str) -> int:
     "A 63-bit seed from an address such as `(seed, step, 'rollout', prompt, response)`; equal addresses, equal seeds."
     digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
-# %% ../nbs/00_core.ipynb #ed65a3db
+# %% ../nbs/00_core.ipynb #6f3a6513
 def nearest(name: str, valid: Sequence[str]) -> str:
     "The hint `; did you mean 'x'?` for a misspelt name, or an empty string if nothing is close."
     close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.6)
@@ -37,7 +37,7 @@ def choose(name: str, table: Mapping[str, Any], what: str) -> Any:
         raise ValueError(f"unknown {what} '{name}'{nearest(name, table)} (valid: {', '.join(table)})")
     return table[name]
 
-# %% ../nbs/00_core.ipynb #e60ef751
+# %% ../nbs/00_core.ipynb #607d8003
 class Parameters(BaseModel):
     "A set of named, typed, bounded parameters; unknown names, wrong types and non-finite numbers are errors."
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
@@ -62,7 +62,7 @@ class Parameters(BaseModel):
         told = f" ({cls.model_fields[name].description})" if name in cls.model_fields else ""
         return f"{name}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}{hint}{told}"
 
-# %% ../nbs/00_core.ipynb #c630c0c6
+# %% ../nbs/00_core.ipynb #40860c6f
 @dataclass(frozen=True)
 class Query:
     "One question. `head`, `cue`: token ids, 1-D long; `columns`: the data set's other fields (answer, ...); `shared`: how many of head's tokens other queries begin with too."
@@ -98,7 +98,7 @@ def share_heads(queries: Sequence[Query]) -> list[Query]:
     alike = (heads == heads[0]).all(0).long().cumprod(0)
     return [replace(q, shared=int(alike.sum())) for q in queries]
 
-# %% ../nbs/00_core.ipynb #008585cb
+# %% ../nbs/00_core.ipynb #01a30021
 _STAGE = dict(
     reward_G="gcpo.reward.checked_rewards", draws_G_J="gcpo.collider.integrate", paths_G="gcpo.collider.show", shown_G="gcpo.collider.show", continuations_G_J_M="gcpo.collider.continue_contexts",
     z_G_D="gcpo.collider.encode", Z_G_J_M_D="gcpo.collider.encode", adv_G="gcpo.advantage.group_advantage",
@@ -110,7 +110,7 @@ _STAGE = dict(
 def _empty() -> Tensor:
     return torch.empty(0)
 
-
+# %% ../nbs/00_core.ipynb #af827d7d
 @dataclass(frozen=True)
 class Group:
     "A query's n responses and what the stages have learnt of them. Ids are 1-D long tensors without padding; `reward_G` is NaN where not scored."
@@ -154,7 +154,7 @@ class Group:
     def _repr_markdown_(self) -> str:
         return group_table(self)
 
-# %% ../nbs/00_core.ipynb #04ad42af
+# %% ../nbs/00_core.ipynb #f39965e8
 def group_table(group: Group) -> str:
     "A Markdown table of a group's responses: reward, A, Upsilon, B where they are known, and the text."
     columns = {"r": group.reward_G, "A": group.adv_G, "Υ": group.upsilon_G, "B": group.weight_G}
@@ -164,7 +164,7 @@ def group_table(group: Group) -> str:
     head = " | ".join(["i", *known, "response"])
     return "\n".join([f"**group `{group.query.id}`**, {len(group)} responses", "", f"| {head} |", "|---" * (len(known) + 2) + "|", *(f"| {r} |" for r in rows)])
 
-# %% ../nbs/00_core.ipynb #b57107f2
+# %% ../nbs/00_core.ipynb #7a4af28d
 def pad(rows: Sequence[Tensor], value: float = 0.0) -> Tensor:
     "Right-pad 1-D rows to one tensor, shape [G, T] (`T` the longest row)."
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
@@ -175,12 +175,12 @@ def row_mask(rows: Sequence[Tensor]) -> Tensor:
     length_G = torch.tensor([len(r) for r in rows])
     return torch.arange(int(length_G.max()))[None, :] < length_G[:, None]
 
-# %% ../nbs/00_core.ipynb #84f528b0
+# %% ../nbs/00_core.ipynb #4339ae3e
 def upcast(x: Tensor) -> Tensor:
     "Tensor `x` in float32, or float64 if it already is; any shape, differentiable."
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-# %% ../nbs/00_core.ipynb #b9ee0e6a
+# %% ../nbs/00_core.ipynb #c9beff38
 class PrefixTree:
     "Token segments under parents. `parents[k]` < k or -1; `segments[k]`: non-empty 1-D long tensor."
 
@@ -221,7 +221,7 @@ class PrefixTree:
         "Unique tokens: what a packed forward pass costs."
         return sum(len(s) for s in self.segments)
 
-# %% ../nbs/00_core.ipynb #f1190e9d
+# %% ../nbs/00_core.ipynb #5ccb7e11
 def write_atomic(path: Path, text: str) -> None:
     "Write `text` so that a reader, or a kill at any moment, sees the old file or the new one, never a part."
     part = path.with_name(path.name + ".part")
@@ -243,7 +243,7 @@ def writable_dir(path: str | Path) -> Path:
         raise ValueError(f"cannot write to the directory '{path}': {error.strerror}; choose another with output_dir") from None
     return path
 
-# %% ../nbs/00_core.ipynb #2ee94116
+# %% ../nbs/00_core.ipynb #d70c5644
 class MetricsLog:
     "Append-only `metrics.jsonl`; each row is a dict of numbers with its `step`."
 
@@ -266,7 +266,7 @@ def read_metrics(path: str | Path) -> list[dict]:
     whole = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in whole]
 
-# %% ../nbs/00_core.ipynb #14fff013
+# %% ../nbs/00_core.ipynb #76c86146
 def _git(*args: str) -> str:
     done = subprocess.run(["git", *args], cwd=Path(__file__).parent if "__file__" in globals() else None, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -294,7 +294,7 @@ def environment() -> dict:
         gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         git_commit=_git("rev-parse", "HEAD"), git_diff_sha256=hashlib.sha256(diff.encode()).hexdigest() if diff else "")
 
-# %% ../nbs/00_core.ipynb #4a3dfaec
+# %% ../nbs/00_core.ipynb #0cbe14d7
 def data_dir() -> Path:
     "The directory of the data that comes with the project."
     here = Path(__file__).parent if "__file__" in globals() else Path.cwd().parent / "gcpo"

