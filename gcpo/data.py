@@ -6,9 +6,10 @@
 __all__ = ['TASKS', 'Row', 'largest_of_three', 'addition', 'is_held_out', 'generated_rows', 'read_jsonl', 'file_rows',
            'load_rows', 'to_query']
 
-# %% ../nbs/01_data.ipynb #693c31cc
+# %% ../nbs/01_data.ipynb #a61d10dd
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Sequence
@@ -17,7 +18,7 @@ import torch
 
 from .core import Query, choose, derive_seed
 
-# %% ../nbs/01_data.ipynb #1b2c0d69
+# %% ../nbs/01_data.ipynb #41b96973
 @dataclass(frozen=True)
 class Row:
     "A question. `prompt` is a string (then followed by `cue`) or chat messages; `columns` go to the reward functions."
@@ -26,7 +27,7 @@ class Row:
     cue: str = ""
     columns: dict = field(default_factory=dict)
 
-# %% ../nbs/01_data.ipynb #b8b10724
+# %% ../nbs/01_data.ipynb #2fa44aa2
 def largest_of_three(rng: random.Random) -> tuple[str, str, str]:
     "Question, cue and answer: the largest of three different two-digit numbers."
     numbers = rng.sample(range(10, 100), 3)
@@ -41,7 +42,7 @@ def addition(rng: random.Random) -> tuple[str, str, str]:
 
 TASKS: dict[str, Callable] = {"largest_of_three": largest_of_three, "addition": addition}
 
-# %% ../nbs/01_data.ipynb #3eb5000a
+# %% ../nbs/01_data.ipynb #b15e1b49
 def is_held_out(question: str) -> bool:
     "Whether a generated question is on the held-out side (one in five, by the hash of its text)."
     return derive_seed("split", question) % 5 == 0
@@ -74,7 +75,7 @@ def _examples(make: Callable, shots: int) -> str:
             text += f"{question}{cue} {answer}\n\n"
     return text
 
-# %% ../nbs/01_data.ipynb #9d8ee134
+# %% ../nbs/01_data.ipynb #5e7e094e
 def read_jsonl(path: str | Path) -> list[dict]:
     "Objects of a JSON-lines file. Raises ValueError (file and line) when it is missing, empty, or a line is no JSON object."
     path = Path(path)
@@ -94,7 +95,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
         raise ValueError(f"data file '{path}' is empty: it needs at least one line such as {{\"prompt\": ..., \"answer\": ...}}")
     return objects
 
-# %% ../nbs/01_data.ipynb #96598864
+# %% ../nbs/01_data.ipynb #b131bc3f
 _QUESTION_FIELDS = ("prompt", "problem", "question")
 
 
@@ -112,9 +113,12 @@ def file_rows(path: str | Path) -> list[Row]:
             prompt = [{"role": "user", "content": prompt}]
         columns = {k: v for k, v in item.items() if k not in (name, "id")}
         rows.append(Row(str(item.get("id", number)), prompt, columns=columns))
+    repeated = [i for i, times in Counter(r.id for r in rows).items() if times > 1]
+    if repeated:
+        raise ValueError(f"{path}: the id '{repeated[0]}' stands more than once; ids name questions in records, so each must be its own (or leave them out)")
     return rows
 
-# %% ../nbs/01_data.ipynb #412f62da
+# %% ../nbs/01_data.ipynb #07bef210
 def load_rows(data: str, eval_data: str = "", train_size: int = 1000, eval_size: int = 100, seed: int = 0, shots: int = 0) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows of a task or a `.jsonl` file (`train_size` concerns generated tasks alone).
 
@@ -136,7 +140,7 @@ def load_rows(data: str, eval_data: str = "", train_size: int = 1000, eval_size:
         raise ValueError(f"{len(both)} question(s) stand in the training and in the held-out rows, for example {next(iter(both))[:80]}: remove them from one side")
     return train, held_out
 
-# %% ../nbs/01_data.ipynb #fa5890bc
+# %% ../nbs/01_data.ipynb #31a6e018
 _MARK = "\u241fHERE\u241f"
 
 
