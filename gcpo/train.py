@@ -11,7 +11,7 @@ __all__ = ['UPSILONS', 'SIMILARITIES', 'WEIGHTINGS', 'REFERENCES', 'TREATMENTS',
            'check_window', 'rehearse_rewards', 'questions_of_step', 'prepare', 'train', 'line', 'finish', 'read_run',
            'parse_arguments', 'read_parameters', 'main', 'summary']
 
-# %% ../nbs/30_train.ipynb #35811662
+# %% ../nbs/30_train.ipynb #b8844c4b
 import argparse
 import json
 import math
@@ -44,7 +44,7 @@ from .sample import Sampling, rollout, sample_groups
 from .score import groups_logp
 from .upsilon import batch_means, centred, centroid, constant, cosine, euclidean, gaussian, ones, shuffled, spread, upsilon
 
-# %% ../nbs/30_train.ipynb #17921e8d
+# %% ../nbs/30_train.ipynb #3f3e8e7f
 class DataParameters(Parameters):
     "What is trained on, and how completions are drawn and judged."
     model: str = Field("smollm2", description="tiny, smollm2, a directory, or a hub id", min_length=1)
@@ -66,7 +66,7 @@ class DataParameters(Parameters):
     stop: list[str] = Field(["\n"], description="strings that end a completion")
     mask_truncated_completions: bool = Field(False, description="leave completions that hit max_completion_length out of the loss")
 
-# %% ../nbs/30_train.ipynb #8317391a
+# %% ../nbs/30_train.ipynb #88ac84a9
 class MethodParameters(DataParameters):
     "The method: collider and budgets, Upsilon, weighting, both KL terms, objective."
     objective: Literal["gcpo", "grpo", "dr_grpo", "gvpo"] = Field("gcpo", description="the loss; all but gcpo ignore what follows up to kappa")
@@ -93,7 +93,7 @@ class MethodParameters(DataParameters):
     policy_side: Literal["x", "q"] = Field("x", description="the policy in the causal term: given x_i as printed, or given q")
     kl_without_signal: bool = Field(False, description="causal KL also for groups whose rewards are all equal")
 
-# %% ../nbs/30_train.ipynb #ba537944
+# %% ../nbs/30_train.ipynb #26e1764f
 class Config(MethodParameters):
     "All parameters of a training run. `Config.checked(dict)` checks names, types and bounds, and what must hold together."
     beta: float = Field(0.0, ge=0, description="weight of the KL to the reference policy (gvpo: its reward scale, 0.1 in its paper)")
@@ -137,7 +137,7 @@ class Config(MethodParameters):
             raise ValueError("centre=True needs states of other prompts, and prompts_per_step is 1; use at least 2 prompts a step, or centre=False")
         return self
 
-# %% ../nbs/30_train.ipynb #f0d17583
+# %% ../nbs/30_train.ipynb #067fe091
 UPSILONS = {"projected": upsilon, "centroid": centroid, "shuffled": shuffled, "constant": constant, "ones": ones}
 SIMILARITIES = {"cosine": cosine, "euclidean": euclidean, "gaussian": gaussian}
 WEIGHTINGS = {"product": product, "clipped": clipped, "sign_aware": sign_aware}
@@ -164,7 +164,7 @@ class Recipe:
     def needs_draws(self) -> bool:
         return self.needs_continuations or self.kappa > 0
 
-# %% ../nbs/30_train.ipynb #bd239eb7
+# %% ../nbs/30_train.ipynb #ce236d03
 def make_recipe(config: Config) -> Recipe:
     "Resolve every word of a configuration. Raises ValueError for an unknown reward function."
     c, causal = config, config.objective == "gcpo"
@@ -180,7 +180,7 @@ def make_recipe(config: Config) -> Recipe:
     return Recipe(c, how, collider, tuple(map(load_reward, c.rewards)), weigh, project, TREATMENTS[c.nonpositive], OBJECTIVES[c.objective],
                   causal and c.weight in ("projected", "shuffled"), causal and c.weight not in ("ones", "constant"), c.kappa if causal else 0.0)
 
-# %% ../nbs/30_train.ipynb #05d75ced
+# %% ../nbs/30_train.ipynb #535876d5
 def _old(group: Group, logp_G_T: Tensor) -> Tensor:
     "The sampling policy's log-probs; on the first pass over fresh rollouts they are the policy's own."
     return group.old_logp_G_T if len(group.old_logp_G_T) else logp_G_T.detach()
@@ -210,7 +210,7 @@ def _gcpo(c: Config, g: Group, logp_G_T: Tensor, logp_x_G_T: Tensor | None, mask
 
 OBJECTIVES = {"gcpo": _gcpo, "grpo": _grpo, "dr_grpo": _dr_grpo, "gvpo": _gvpo}
 
-# %% ../nbs/30_train.ipynb #addf063f
+# %% ../nbs/30_train.ipynb #72ea1c41
 class NonFiniteError(FloatingPointError):
     "A loss, gradient or reference that is not finite. `groups`: the batch in which it arose; `file`: where it was written."
 
@@ -226,7 +226,7 @@ def require_finite(quantity: str, value: Tensor, step: int, groups: Sequence[Gro
     if not torch.isfinite(value).all():
         raise NonFiniteError(quantity, step, groups, f", group '{group.query.id}'" if group else "")
 
-# %% ../nbs/30_train.ipynb #13d0f1bb
+# %% ../nbs/30_train.ipynb #0a51af11
 def score_rewards(groups: Sequence[Group], recipe: Recipe) -> list[Group]:
     "The groups with reward_G: the weighted sum over the reward functions, NaN where none scores, and each function's own reward."
     n = [len(g) for g in groups]
@@ -250,7 +250,7 @@ def judge(groups: Sequence[Group], recipe: Recipe) -> list[Group]:
 def _as_trl(group: Group, text: str) -> str | list:
     return text if isinstance(group.query.prompt, str) else [{"role": "assistant", "content": text}]
 
-# %% ../nbs/30_train.ipynb #cece3de6
+# %% ../nbs/30_train.ipynb #35b0c42e
 def weigh(groups: Sequence[Group], recipe: Recipe, step_seed: tuple) -> list[Group]:
     "Step 5: the groups with upsilon_G and weight_G = B. States are centred by the step's other prompts if the configuration says so."
     if not groups:
@@ -265,7 +265,7 @@ def weigh(groups: Sequence[Group], recipe: Recipe, step_seed: tuple) -> list[Gro
         out.append(replace(g, upsilon_G=upsilon_G, weight_G=WEIGHTINGS[c.weighting](g.adv_G, upsilon_G)))
     return out
 
-# %% ../nbs/30_train.ipynb #f70d5462
+# %% ../nbs/30_train.ipynb #8b077626
 @torch.no_grad()
 def remember(policy: Policy, reference: Callable, groups: Sequence[Group], recipe: Recipe, step: int = 0) -> list[Group]:
     "The groups with old_logp_G_T, ref_logp_G_T (beta > 0) and causal_ref_logp_G_T, causal_mask_G_T (groups with draws, kappa > 0)."
@@ -290,7 +290,7 @@ def _with_causal_reference(g: Group, logp_G_J_T: Tensor, recipe: Recipe) -> Grou
     return replace(g, causal_ref_logp_G_T=causal_ref, floored_G_T=floored_G_T & mask_G_T, causal_mask_G_T=recipe.treat(mask_G_T, floored_G_T),
                    context_logp_G_J_T=logp_G_J_T)
 
-# %% ../nbs/30_train.ipynb #fe0755cf
+# %% ../nbs/30_train.ipynb #0749dc0a
 def group_losses(policy: Policy, groups: Sequence[Group], recipe: Recipe) -> list[tuple[Tensor, dict]]:
     "(loss, metrics) of each group, from one packed pass over the responses and, for the causal term at x_i, one over the contexts."
     c = recipe.config
@@ -306,7 +306,7 @@ def group_losses(policy: Policy, groups: Sequence[Group], recipe: Recipe) -> lis
         out.append((loss, {**metrics, "policy/entropy": entropy_G_T[real_G_T].mean()}))
     return out
 
-# %% ../nbs/30_train.ipynb #ed22e6c1
+# %% ../nbs/30_train.ipynb #1f7ca761
 def update(policy: Policy, groups: Sequence[Group], count: int, recipe: Recipe, optimiser: "Optimiser", step: int) -> dict[str, float]:
     "One optimiser step on the groups that have a gradient (`count`: all groups of the step). Returns metrics averaged over the groups."
     c, sums = recipe.config, defaultdict(list)
@@ -322,7 +322,7 @@ def update(policy: Policy, groups: Sequence[Group], count: int, recipe: Recipe, 
     grad_norm = optimiser.step(lambda norm: require_finite("gradient", norm, step, groups))
     return {**{name: sum(v) / len(v) for name, v in sums.items()}, "optim/grad_norm": grad_norm}
 
-# %% ../nbs/30_train.ipynb #54953240
+# %% ../nbs/30_train.ipynb #2ec3e446
 class Optimiser:
     "AdamW, schedule and clipping over a policy's trainable weights."
 
@@ -352,7 +352,7 @@ class Optimiser:
     def learning_rate(self) -> float:
         return self.schedule.get_last_lr()[0]
 
-# %% ../nbs/30_train.ipynb #32f24381
+# %% ../nbs/30_train.ipynb #d91b9cfd
 def train_step(policy: Policy, reference: Callable, queries: Sequence, recipe: Recipe, optimiser: Optimiser, step: int) -> tuple[list[Group], dict]:
     "Rollout, reward, collider, continuations, states, Upsilon, references, update. Returns the groups and the step's metrics."
     c, seed, clock = recipe.config, (recipe.config.seed, step), Clock()
@@ -376,7 +376,7 @@ def train_step(policy: Policy, reference: Callable, queries: Sequence, recipe: R
     groups = [done[g.query.id] for g in groups]
     return groups, {**step_metrics(policy, groups, live), **rates, **clock.seconds}
 
-# %% ../nbs/30_train.ipynb #8e1eea9d
+# %% ../nbs/30_train.ipynb #76912e26
 class Clock:
     "Seconds per stage, as metrics `time/stage`."
 
@@ -401,7 +401,7 @@ def check_references(groups: Sequence[Group], step: int) -> None:
         for quantity in ("old_logp_G_T", "ref_logp_G_T", "causal_ref_logp_G_T", "upsilon_G"):
             require_finite(quantity, getattr(g, quantity), step, groups, g)
 
-# %% ../nbs/30_train.ipynb #e58ceb54
+# %% ../nbs/30_train.ipynb #26fd11bf
 def step_metrics(policy: Policy, groups: Sequence[Group], live: Sequence[Group]) -> dict[str, float]:
     "Rewards, group kinds, lengths, Upsilon and context metrics of a step's groups (`live`: those that went through the causal stages)."
     reward_N, mean = torch.cat([g.reward_G for g in groups]), lambda x: float(torch.as_tensor(x, dtype=torch.float32).mean()) if len(x) else 0.0
@@ -429,7 +429,7 @@ def _causal_metrics(policy: Policy, live: Sequence[Group]) -> dict[str, float]:
         "causal/floored": mean([g.floored_G_T.sum() / row_mask(g.ids_G).sum() for g in live if len(g.floored_G_T)]),
         "tokens/draws": float(sum(map(len, draws))), "tokens/continuations": float(sum(map(len, continuations)))}
 
-# %% ../nbs/30_train.ipynb #041582f5
+# %% ../nbs/30_train.ipynb #da6ed33e
 def evaluate(policy: Policy, queries: Sequence, recipe: Recipe, progress: str = "evaluate") -> dict[str, float]:
     "Mean reward over held-out queries with its 95% interval: `eval/reward`, `eval/low`, `eval/high`, and count, length and truncated share."
     answered = rollout(policy, queries, 1, recipe.how, (recipe.config.seed, "evaluate"), progress=progress)
@@ -453,7 +453,7 @@ def interval(reward_N: Tensor, confidence: float = 0.95) -> tuple[float, float]:
     half = norm.ppf((1 + confidence) / 2) * float(reward_N.std()) / math.sqrt(n)
     return float(reward_N.mean()) - half, float(reward_N.mean()) + half
 
-# %% ../nbs/30_train.ipynb #7130bcfc
+# %% ../nbs/30_train.ipynb #0cf84b6c
 class Run:
     "A run directory: manifest, metrics, completions, checkpoints. Opening one that holds the same configuration continues it."
 
@@ -493,7 +493,7 @@ class Run:
         for old in self.checkpoints[:-self.config.save_total_limit]:
             shutil.rmtree(old)
 
-# %% ../nbs/30_train.ipynb #a355f1d9
+# %% ../nbs/30_train.ipynb #78df5002
 def restore(run: Run, policy: Policy, optimiser: Optimiser) -> int:
     "Restore the newest checkpoint; the number of steps it holds, 0 if there is none. Metrics and completions beyond it are dropped."
     from safetensors.torch import load_file
@@ -512,7 +512,7 @@ def restore(run: Run, policy: Policy, optimiser: Optimiser) -> int:
             part.unlink()
     return step
 
-# %% ../nbs/30_train.ipynb #c71390a7
+# %% ../nbs/30_train.ipynb #46803d57
 def check_directory(config: Config) -> Path:
     "The run directory. Raises ValueError when it cannot be written to, or holds a run with another configuration (listing the difference)."
     directory = writable_dir(config.output_dir)
@@ -524,7 +524,7 @@ def check_directory(config: Config) -> Path:
         raise ValueError(f"'{directory}' holds a run with another configuration; choose another output_dir, or delete it to start anew:\n  " + "\n  ".join(changed))
     return directory
 
-# %% ../nbs/30_train.ipynb #e72b678f
+# %% ../nbs/30_train.ipynb #58d5e636
 def completion_rows(groups: Sequence[Group], recipe: Recipe, step: int) -> list[dict]:
     "One row a completion: TRL's columns (step, prompt, completion, each reward function, advantage) and reward, upsilon, weight, y_n."
     rows = []
@@ -565,7 +565,7 @@ def join_completions(directory: Path) -> None:
     os.replace(final.with_suffix(".part"), final)
     shutil.rmtree(directory / "completions")
 
-# %% ../nbs/30_train.ipynb #df732354
+# %% ../nbs/30_train.ipynb #af94eb02
 def write_failed(directory: Path, error: NonFiniteError) -> Path:
     "Write the batch of a NonFiniteError to failed-step-N.json."
     plain = lambda v: v.tolist() if isinstance(v, Tensor) else [plain(x) for x in v] if isinstance(v, tuple) else v
@@ -574,7 +574,7 @@ def write_failed(directory: Path, error: NonFiniteError) -> Path:
     write_atomic(path, json.dumps(dict(quantity=error.quantity, step=error.step, where=error.where, groups=groups)))
     return path
 
-# %% ../nbs/30_train.ipynb #e3af3f38
+# %% ../nbs/30_train.ipynb #896146b9
 def check_window(policy: Policy, queries: Sequence, recipe: Recipe) -> None:
     "Raises ValueError, with the numbers, when a prompt with its completion or the largest context cannot fit the policy's window."
     c, worst = recipe.config, max(queries, key=lambda q: len(q.ids))
@@ -593,7 +593,7 @@ def check_window(policy: Policy, queries: Sequence, recipe: Recipe) -> None:
         raise ValueError(f"a causal context of question '{worst.id}' may take {context} tokens ({len(worst.ids)} of question, {c.num_generations} x {shown + around} of responses, "
                          f"{c.max_draw_length} of y_n, and the answer), over the window of {policy.window} of '{policy.name}': lower context_budget, num_generations or the lengths")
 
-# %% ../nbs/30_train.ipynb #128f075e
+# %% ../nbs/30_train.ipynb #f1f5f4a7
 def rehearse_rewards(recipe: Recipe, rows: Sequence[Row]) -> None:
     "Raises ValueError (from the check of rewards) when a reward function misbehaves on two completions, '1' and a longer one, of each row."
     texts = ["1", "<think>let me see</think> \\boxed{2}\n"]
@@ -603,14 +603,14 @@ def rehearse_rewards(recipe: Recipe, rows: Sequence[Row]) -> None:
     reward_table(recipe.rewards, [r.prompt if isinstance(r.prompt, list) else r.prompt + r.cue for r in rows], [as_asked(r, t) for r, t in zip(rows, completions)],
                  {**columns, "completion_ids": [[1]] * len(rows)})
 
-# %% ../nbs/30_train.ipynb #097c6af8
+# %% ../nbs/30_train.ipynb #7fcf90e3
 def questions_of_step(count: int, per_step: int, step: int, seed: int) -> list[int]:
     "Indices of the questions of a step: `per_step` different ones, from a permutation of its own for each epoch."
     epoch, place = divmod(step, count // per_step)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch)))
     return order[place * per_step:(place + 1) * per_step].tolist()
 
-# %% ../nbs/30_train.ipynb #239328e4
+# %% ../nbs/30_train.ipynb #30283584
 def prepare(config: Config) -> tuple[Recipe, Policy, list, list]:
     "Check everything and load: recipe, policy, training queries, held-out queries. Nothing is written."
     recipe = make_recipe(config)
@@ -634,7 +634,7 @@ def _lora(config: Config):
     from peft import LoraConfig
     return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
-# %% ../nbs/30_train.ipynb #2acbfd60
+# %% ../nbs/30_train.ipynb #91619f92
 def train(config: Config) -> Path:
     """Train, or continue training, as the configuration says; returns the run directory. A finished run is left as it is.
 
@@ -667,7 +667,7 @@ def train(config: Config) -> Path:
     finish(run, policy)
     return run.dir
 
-# %% ../nbs/30_train.ipynb #d1999004
+# %% ../nbs/30_train.ipynb #6e74f1bc
 def line(metrics: dict, held: dict) -> str:
     "The numbers of a step worth watching live, in one line."
     seconds = sum(v for k, v in metrics.items() if k.startswith("time/"))
@@ -675,7 +675,7 @@ def line(metrics: dict, held: dict) -> str:
     held_told = f"  held out {held['eval/reward']:.1%} [{held['eval/low']:.1%}, {held['eval/high']:.1%}]" if held else ""
     return f"reward {metrics['reward/mean']:.2f}  mixed groups {metrics['groups/mixed']:.0%}{spread_told}  {seconds:.1f} s{held_told}"
 
-# %% ../nbs/30_train.ipynb #73e6c860
+# %% ../nbs/30_train.ipynb #f43cb9c5
 def finish(run: Run, policy: Policy) -> None:
     "Put completions together and save the trained policy, whole or not at all: its directory marks a finished run."
     if (run.dir / "completions").is_dir():
@@ -685,13 +685,13 @@ def finish(run: Run, policy: Policy) -> None:
     save_policy(policy, part)
     os.rename(part, run.adapter)
 
-# %% ../nbs/30_train.ipynb #909eb727
+# %% ../nbs/30_train.ipynb #bdbe2ab0
 def read_run(run_dir: str | Path):
     "metrics.jsonl of a run as a DataFrame indexed by step; evaluations stand in the row of the step before which they were made."
     import pandas as pd
     return pd.DataFrame(read_metrics(run_dir)).set_index("step")
 
-# %% ../nbs/30_train.ipynb #746f9f8f
+# %% ../nbs/30_train.ipynb #ae158bb9
 def parse_arguments(arguments: Sequence[str]) -> Config:
     "A configuration from `--params FILE.yaml` and `--name value`. Raises ValueError as `Config.checked`, and for a faulty file (with its line)."
     parser = argparse.ArgumentParser("gcpo-train", description="Train a policy with GCPO or one of its relatives.", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
@@ -730,7 +730,7 @@ def _number(name: str, value: Any) -> Any:
     except ValueError:
         return value
 
-# %% ../nbs/30_train.ipynb #b33c246e
+# %% ../nbs/30_train.ipynb #54cc19f7
 def main() -> None:
     "The command gcpo-train."
     try:
@@ -741,6 +741,11 @@ def main() -> None:
     print(summary(run_dir))
 
 
+def _command(name: str) -> str:
+    "A command as it can be typed here: by its name if it is on the path, else where this Python keeps it."
+    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).parent / name)
+
+
 def summary(run_dir: str | Path) -> str:
     "Held-out pass rate before and after with intervals, where everything lies, and three things to do next."
     held = [row for row in read_metrics(run_dir) if "eval/reward" in row]
@@ -748,6 +753,6 @@ def summary(run_dir: str | Path) -> str:
     return "\n".join([
         f"held out, before: {show(held[0])}", f"held out, after:  {show(held[-1])}   ({int(held[-1]['eval/count'])} questions, 95% intervals)",
         f"run directory:    {run_dir}", f"trained policy:   {Path(run_dir) / 'policy'}", "next:",
-        f"  gcpo-train --params nbs/params/demo.yaml --objective grpo --output_dir {run_dir}-grpo      # the same by GRPO",
-        f"  papermill nbs/50_train.ipynb out.ipynb -f nbs/params/demo.yaml -p seed 1 -p output_dir {run_dir}-1   # another seed, as a notebook",
-        f"  jupyter lab {run_dir}/50_train.ipynb                                                   # look at what happened"])
+        f"  {_command('gcpo-train')} --params nbs/params/demo.yaml --objective grpo --output_dir {run_dir}-grpo      # the same by GRPO",
+        f"  {_command('papermill')} nbs/50_train.ipynb out.ipynb -f nbs/params/demo.yaml -p seed 1 -p output_dir {run_dir}-1   # another seed, as a notebook",
+        f"  {_command('jupyter')} lab {run_dir}/50_train.ipynb                                                   # look at what happened"])
