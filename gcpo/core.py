@@ -8,11 +8,11 @@ __all__ = ['derive_seed', 'nearest', 'choose', 'Parameters', 'Query', 'share_hea
            'environment', 'data_dir']
 
 # %% ../nbs/00_core.ipynb #794266b9
-import difflib, hashlib, json, os, platform, subprocess, sys
+import difflib, hashlib, json, os, platform, subprocess
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError

@@ -33,10 +33,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .advantage import clipped, flip_rate, group_advantage, has_signal, product, sign_aware
-from .collider import DRAWS, ENCODINGS, ORDERS, TEMPLATES, Collider, content, contexts_logp, continue_contexts, encode, integrate
+from .collider import DRAWS, ENCODINGS, ORDERS, TEMPLATES, Collider, contexts_logp, continue_contexts, encode, integrate
 from .core import Group, MetricsLog, Parameters, derive_seed, environment, read_metrics, row_mask, share_heads, uncommitted, writable_dir, write_atomic
 from .data import Row, load_rows, to_query
-from .kl import k3, phi_autoregressive, phi_ess, phi_tokenwise, reference_mean, reference_ratio, reference_sum, treat_floor, treat_mask
+from .kl import phi_autoregressive, phi_tokenwise, reference_mean, reference_ratio, reference_sum, treat_floor, treat_mask
 from .loss import dr_grpo_loss, gcpo_loss, grpo_loss, gvpo_loss
 from .policy import Policy, for_sampling, load_policy, reference_of, save_policy
 from .reward import load_reward, name_of, reward_table
