@@ -1,0 +1,342 @@
+"""Every engine gives what `sample` gives, leaves the policy as it was, and refuses what `sample` refuses."""
+import copy
+import sys
+import threading
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+
+import gcpo.engine as engines
+from gcpo.engine import ENGINES, merged_weights, sample_continuous, sample_generate, sample_vllm
+from gcpo.core import PrefixTree, derive_seed
+from gcpo.policy import Policy, build_tiny, for_sampling, load_policy
+from gcpo.sample import Sampling, probabilities, sample, sample_alone
+from test_architectures import CONFIGS, policy_of
+
+RUNNABLE = ["generate", "continuous"]
+HOWS = [Sampling(12, temperature=0), Sampling(12, temperature=0, stop=("\n",)), Sampling(20, temperature=1.3), Sampling(20, temperature=1.5, stop=("1", "\n")), Sampling(20, temperature=2.0, top_k=5),
+        Sampling(20, temperature=2.0, top_p=0.8), Sampling(20, temperature=2.0, min_p=0.1), Sampling(20, temperature=1.7, top_k=30, top_p=0.95, min_p=0.02), Sampling(1)]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_policy("tiny", device="cpu")
+
+
+@pytest.fixture
+def policy(tiny):
+    return Policy(copy.deepcopy(tiny.model), tiny.tokenizer, tiny.name)
+
+
+def with_lora(noise=0.05):
+    policy = load_policy("tiny", lora=4, device="cpu")
+    with torch.no_grad(), torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        for p in policy.trainable():
+            p += noise * torch.randn_like(p)
+    return policy
+
+
+def request(policy):
+    "Unequal prompts, some deep, in a tree; several rows below some."
+    encode = lambda text: policy.tokenizer(text, return_tensors="pt").input_ids[0]
+    tree = PrefixTree()
+    roots = [tree.add(-1, encode(text)) for text in ("Numbers: 17 52 38\nLargest:", "Numbers: 9 4\nSum:", "N")]
+    deep = [tree.add(tree.add(tree.add(-1, encode("Numbers: 31 77 20\nProposed answers:")), encode(a)), encode(b), encode("\nLargest:")) for a in (" 31", " 77") for b in (" 20", " 77")]
+    leaves = [roots[0]] * 4 + [roots[1]] * 3 + [roots[2]] * 2 + deep * 2
+    return tree, leaves, [derive_seed("engines", r) for r in range(len(leaves))]
+
+
+def same(ours, theirs):
+    return len(ours) == len(theirs) and all(torch.equal(a.ids, b.ids) and a.ids.dtype == b.ids.dtype and a.truncated == b.truncated for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("how", HOWS, ids=str)
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_the_tokens_of_sample(name, how, tiny):
+    tree, leaves, seeds = request(tiny)
+    expected = sample(tiny, tree, leaves, seeds, how)
+    assert same(ENGINES[name](tiny, tree, leaves, seeds, how), expected)
+    if how.max_new_tokens > 1:
+        assert 1 < len({s.ids.shape for s in expected}) or not how.stop, "no row ended early: the test shows less than it should"
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_a_row_does_not_depend_on_the_others(name, tiny):
+    tree, leaves, seeds = request(tiny)
+    how, engine = Sampling(20, temperature=1.5, stop=("1",)), ENGINES[name]
+    whole = engine(tiny, tree, leaves, seeds, how)
+    assert same(engine(tiny, tree, leaves[5:6], seeds[5:6], how), whole[5:6])
+    assert same(engine(tiny, tree, leaves[::-1], seeds[::-1], how), whole[::-1])
+    for budget in (1, 80, 300):
+        assert same(engine(tiny, tree, leaves, seeds, how, token_budget=budget), whole)
+
+
+def test_continuous_begins_rows_anew_when_pages_run_out(tiny, monkeypatch):
+    from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
+    real, pushed_out = OffloadingManager.offload_requests, []
+    monkeypatch.setattr(OffloadingManager, "offload_requests", lambda self: pushed_out.append(1) or real(self))
+    tree, how = PrefixTree(), Sampling(40, temperature=2.0)
+    rows = tree, [tree.add(-1, torch.arange(10, 35))] * 12, list(range(12))
+    assert same(sample_continuous(tiny, *rows, how, token_budget=1), sample(tiny, *rows, how)) and pushed_out
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_seeds_and_filters_draw_from_the_right_distribution(name, tiny):
+    tree = PrefixTree()
+    prompt = tiny.tokenizer("Numbers: 17 52 38\nLargest: ", return_tensors="pt").input_ids[0]
+    how, draws = Sampling(1, temperature=1.5, top_k=12, min_p=0.01), 1500
+    drawn = ENGINES[name](tiny, tree, [tree.add(-1, prompt)] * draws, list(range(draws)), how)
+    with torch.no_grad():
+        expected = draws * probabilities(tiny.model(prompt[None]).logits[0, -1:].float(), how)[0]
+    seen = torch.bincount(torch.cat([s.ids for s in drawn]), minlength=len(expected))
+    assert seen[expected == 0].sum() == 0 and (expected > 0).sum() > 5
+    real = expected > 0
+    chi2, freedom = ((seen - expected)[real] ** 2 / expected[real]).sum().item(), int(real.sum()) - 1
+    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_a_checkpoint_has_no_say_and_the_policy_is_as_it_was(name, policy):
+    tree, leaves, seeds = request(policy)
+    config = policy.causal_lm.generation_config
+    config.update(repetition_penalty=3.0, no_repeat_ngram_size=1, do_sample=True, temperature=0.1, top_k=1, min_new_tokens=9, suppress_tokens=list(range(20, 60)), num_return_sequences=2, use_cache=False)
+    policy.model.train()
+    before = [(p, p.data_ptr(), p.detach().clone()) for p in policy.model.parameters()]
+    state, threads = torch.get_rng_state(), threading.active_count()
+    assert same(ENGINES[name](policy, tree, leaves, seeds, HOWS[3]), sample(policy, tree, leaves, seeds, HOWS[3]))
+    assert policy.causal_lm.config._attn_implementation == "tree" and policy.causal_lm.generation_config is config and config.top_k == 1
+    assert all(m.training for m in policy.model.modules())
+    assert all(p.data_ptr() == at and torch.equal(p, value) for p, at, value in before)
+    assert torch.equal(torch.get_rng_state(), state) and threading.active_count() == threads
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_gradient_checkpointing(name, policy):
+    tree, leaves, seeds = request(policy)
+    policy.model.train()
+    policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    assert same(ENGINES[name](policy, tree, leaves, seeds, HOWS[2]), sample(policy, tree, leaves, seeds, HOWS[2]))
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_adapters_count(name, tiny):
+    policy = with_lora()
+    tree, leaves, seeds = request(policy)
+    expected = sample(policy, tree, leaves, seeds, HOWS[2])
+    assert not same(expected, sample(tiny, tree, leaves, seeds, HOWS[2]))
+    assert same(ENGINES[name](policy, tree, leaves, seeds, HOWS[2]), expected)
+    with for_sampling(policy):
+        assert same(ENGINES[name](policy, tree, leaves, seeds, HOWS[2]), expected)
+    with policy.model.disable_adapter():
+        assert same(ENGINES[name](policy, tree, leaves, seeds, HOWS[2]), sample(tiny, tree, leaves, seeds, HOWS[2]))
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_other_architectures(name, architecture):
+    policy = policy_of(CONFIGS[architecture])
+    tree, leaves, seeds = request(policy)
+    assert same(ENGINES[name](policy, tree, leaves, seeds, HOWS[2]), sample(policy, tree, leaves, seeds, HOWS[2]))
+
+
+@pytest.mark.parametrize("ends", [[1, 5, 30], None], ids=["several", "none"])
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_end_ids(name, ends, policy, monkeypatch):
+    tree, leaves, seeds = request(policy)
+    policy.causal_lm.generation_config.eos_token_id = ends
+    if ends is None:
+        policy = Policy(policy.model, copy.deepcopy(policy.tokenizer), policy.name)
+        policy.tokenizer.eos_token = None
+        assert not policy.end_ids
+    how = Sampling(20, temperature=2.5)
+    expected = sample(policy, tree, leaves, seeds, how)
+    assert all(s.truncated for s in expected) == (ends is None)
+    assert same(ENGINES[name](policy, tree, leaves, seeds, how), expected)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_a_policy_that_has_diverged(name, policy):
+    tree, leaves, seeds = request(policy)
+    with torch.no_grad():
+        policy.causal_lm.base_model.norm.weight.fill_(torch.nan)
+    threads = threading.active_count()
+    with pytest.raises(FloatingPointError, match="logits of the policy"):
+        ENGINES[name](policy, tree, leaves, seeds, HOWS[2])
+    assert policy.causal_lm.config._attn_implementation == "tree" and threading.active_count() == threads
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_refused_alike(name, tiny):
+    tree, leaves, seeds = request(tiny)
+    assert ENGINES[name](tiny, tree, [], [], Sampling(5)) == []
+    for arguments in [(leaves, seeds[:-1], Sampling(5)), (leaves, seeds, Sampling(tiny.window)), ([], [], Sampling(tiny.window + 1))]:
+        with pytest.raises(ValueError) as theirs:
+            sample(tiny, tree, *arguments)
+        with pytest.raises(ValueError) as ours:
+            ENGINES[name](tiny, tree, *arguments)
+        assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_the_whole_window(name):
+    policy = build_tiny(max_position_embeddings=64)
+    tree = PrefixTree()
+    leaves = [tree.add(-1, torch.arange(3, 47)), tree.add(-1, torch.arange(3, 9))]
+    assert same(ENGINES[name](policy, tree, leaves, [0, 1], Sampling(20)), sample(policy, tree, leaves, [0, 1], Sampling(20)))
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_prompts_that_take_several_passes(name, tiny):
+    tree, ids = PrefixTree(), torch.randint(3, 99, (900,), generator=torch.Generator().manual_seed(0))
+    rows = tree, [tree.add(-1, ids), tree.add(-1, ids[:700]), tree.add(-1, ids[:3])], [1, 2, 3]
+    assert len(ids) > engines.CONTINUOUS_STEP and same(ENGINES[name](tiny, *rows, HOWS[2], progress="rows"), sample(tiny, *rows, HOWS[2]))
+
+
+def test_continuous_shares_pages_of_prompts(tiny):
+    tree, read = PrefixTree(), []
+    prompt = tiny.tokenizer("Numbers: 17 52 38\nLargest: 52\n" * 6, return_tensors="pt").input_ids[0]
+    hook = tiny.causal_lm.base_model.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    sample_continuous(tiny, tree, [tree.add(-1, prompt)] * 32, list(range(32)), Sampling(2))
+    hook.remove()
+    assert sum(read) < 0.4 * 32 * len(prompt)
+
+
+def test_continuous_of_another_transformers(tiny, monkeypatch):
+    import transformers
+    monkeypatch.setattr(transformers, "ContinuousBatchingConfig", type("Old", (), {}))
+    tree, leaves, seeds = request(tiny)
+    with pytest.raises(ValueError, match="pip install transformers==5.23"):
+        sample_continuous(tiny, tree, leaves, seeds, Sampling(5))
+
+
+def test_vllm_is_not_installed(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    tree, leaves, seeds = request(tiny)
+    with pytest.raises(ValueError, match="pip install vllm"):
+        sample_vllm(tiny, tree, leaves, seeds, Sampling(5))
+
+
+class FakeLLM:
+    "Has a model of its own, read from the checkpoint, and draws as `sample_alone`: what reaches it shows in its tokens."
+    made = []
+
+    def __init__(self, model, **options):
+        self.policy, self.options, self.resets, self.loads, self.seeds = load_policy(model, device="cpu"), options, 0, 0, []
+        FakeLLM.made.append(self)
+
+    def apply_model(self, function):
+        return [function(self)]
+
+    def load_weights(self, weights):
+        self.loads += 1
+        weights = dict(weights)
+        ours = dict(self.policy.causal_lm.named_parameters())
+        assert set(weights) == set(ours), set(weights) ^ set(ours)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                ours[name].copy_(weight)
+        return set(weights)
+
+    def reset_prefix_cache(self):
+        self.resets += 1
+        return True
+
+    def generate(self, prompts, params, use_tqdm=True):
+        self.params, self.use_tqdm = params, use_tqdm
+        return [self._one(torch.tensor(p["prompt_token_ids"]), q) for p, q in zip(prompts, params, strict=True)]
+
+    def _one(self, prompt, q):
+        how = Sampling(q.max_tokens, q.temperature, max(q.top_k, 0), q.top_p, q.min_p, tuple(q.stop))
+        s = sample_alone(self.policy, prompt, q.seed, how)
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(s.ids.tolist()), finish_reason="length" if s.truncated else "stop")])
+
+
+@dataclass
+class FakeParams:
+    "The fields of vllm.SamplingParams that are used; there is no default to fall back on."
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    max_tokens: int
+    stop: list
+    include_stop_str_in_output: bool
+    stop_token_ids: list
+    skip_special_tokens: bool
+    seed: int
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch):
+    vllm, inputs = ModuleType("vllm"), ModuleType("vllm.inputs")
+    vllm.LLM, vllm.SamplingParams, vllm.inputs, inputs.TokensPrompt = FakeLLM, FakeParams, inputs, dict
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.inputs", inputs)
+    monkeypatch.setattr(FakeLLM, "made", [])
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setitem(engines.VLLM_OPTIONS, "gpu_memory_utilization", 0.4)
+
+
+def test_vllm_requests(policy, fake_vllm):
+    tree, leaves, seeds = request(policy)
+    for how in (Sampling(6, temperature=0, stop=("\n",)), Sampling(6, temperature=1.5, top_p=0.9, min_p=0.1), Sampling(6, top_k=7)):
+        assert same(sample_vllm(policy, tree, leaves, seeds, how), sample(policy, tree, leaves, seeds, how))
+        llm, = FakeLLM.made
+        assert [q.seed for q in llm.params] == seeds and {q.top_k for q in llm.params} == {how.top_k or -1} and llm.params[0].include_stop_str_in_output
+        assert llm.params[0].stop_token_ids == [1] and not llm.use_tqdm
+    assert llm.options["enable_prefix_caching"] and llm.options["max_model_len"] == policy.window and llm.options["dtype"] == "float32" and llm.options["gpu_memory_utilization"] == 0.4
+    assert llm.loads == llm.resets == 1
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_vllm_has_the_weights_of_now(adapted, fake_vllm):
+    policy = with_lora() if adapted else load_policy("tiny", device="cpu")
+    (tree, leaves, seeds), how = request(policy), Sampling(6, temperature=1.3)
+    leaves, seeds = leaves[:7], seeds[:7]
+    draw = lambda: same(sample_vllm(policy, tree, leaves, seeds, how), sample(policy, tree, leaves, seeds, how))
+    assert draw() and draw()
+    llm, = FakeLLM.made
+    assert llm.loads == llm.resets == 1
+    before = sample(policy, tree, leaves, seeds, how)
+    optimizer = torch.optim.AdamW(policy.trainable(), lr=0.02)
+    for p in policy.trainable():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert draw() and draw() and len(FakeLLM.made) == 1 and llm.loads == llm.resets == 2
+    assert not same(sample(policy, tree, leaves, seeds, how), before)
+    with for_sampling(policy):
+        assert draw()
+    if adapted:
+        with policy.model.disable_adapter():
+            assert draw()
+        assert draw()
+    loads = llm.loads
+    policy.trainable()[0].data.view(-1)[0] += 0.5  # torch's own version counters do not see this one
+    assert draw() and llm.loads == llm.resets == loads + 1
+
+
+def test_vllm_that_keeps_its_cache(policy, fake_vllm, monkeypatch):
+    tree, leaves, seeds = request(policy)
+    monkeypatch.setattr(FakeLLM, "reset_prefix_cache", lambda self: False)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="prefix cache"):
+            sample_vllm(policy, tree, leaves, seeds, Sampling(3))
+
+
+def test_vllm_needs_a_checkpoint(fake_vllm):
+    policy = build_tiny()
+    tree, leaves, seeds = request(policy)
+    with pytest.raises(ValueError, match="save_policy"):
+        sample_vllm(policy, tree, leaves, seeds, Sampling(3))
+
+
+def test_merged_weights_are_the_checkpoints():
+    policy = with_lora()
+    merged = dict(merged_weights(policy))
+    saved = policy.model.merge_and_unload()
+    expected = dict(saved.named_parameters())
+    assert set(merged) == set(expected) and all(torch.allclose(merged[name], expected[name], atol=1e-6) for name in merged)
