@@ -10,6 +10,7 @@ __all__ = ['SHORT', 'LONG', 'TEMPLATES', 'ORDERS', 'DRAWS', 'ENCODINGS', 'Templa
 # %% ../nbs/11_collider.ipynb #a7e3b4f0
 import random
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Callable, Sequence
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from .core import Group, PrefixTree, derive_seed
 from .policy import Policy
-from .sample import Sampling, content, sample
-from .score import score, split_groups
+from .sample import Sample, Sampling, content, sample, spoken, stack_states
+from .score import hold, score, split_groups
 
 # %% ../nbs/11_collider.ipynb #61004141
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _end_of_box(text: str) -> int:
 @dataclass(frozen=True)
 class Collider:
     """The collider's choices. `J`: draws of y_n a group (>= 2), `m`: continuations a context (>= 1), `draw_how`, `continue_how`: sampling of y_n and of continuations,
-    `budget`: tokens that a context shows of a response, `draw`: a function such as `loo`, `order`: a function such as `divide_and_conquer`."""
+    `budget`: tokens that a context shows of a response, `draw`: a function such as `loo`, `order`: a function such as `divide_and_conquer`, `engine`: a function such as `sample`."""
     draw: Callable
     J: int
     m: int
@@ -102,6 +103,7 @@ class Collider:
     budget: int = 256
     template: Template = SHORT
     order: Callable = divide_and_conquer
+    engine: Callable = sample
 
     def __post_init__(self):
         if self.J < 2:
@@ -152,17 +154,22 @@ class Contexts:
         return self.tree.add(self._candidates(self._others(i)), torch.cat([self.integrated_open, draw]), *self.integrated_close)
 
 # %% ../nbs/11_collider.ipynb #d337f42e
-def _draw(policy: Policy, tree: PrefixTree, rows: list[tuple[int, tuple]], how: Sampling, seed: tuple, what: str) -> list[Tensor]:
-    "Sample one completion for each (node, address); returns ids as contexts show them."
-    samples = sample(policy, tree, [node for node, _ in rows], [derive_seed(*seed, what, *address) for _, address in rows], how)
-    return [shorten(policy.tokenizer, content(policy, s.ids), how.max_new_tokens)[0] for s in samples]
+def _speak(policy: Policy, tree: PrefixTree, rows: list[tuple[int, tuple]], collider: Collider, how: Sampling, seed: tuple, what: str) -> list[Sample]:
+    "One completion for each (node, address)."
+    return collider.engine(policy, tree, [node for node, _ in rows], [derive_seed(*seed, what, *address) for _, address in rows], how)
+
+
+def _draw(policy: Policy, tree: PrefixTree, rows: list[tuple[int, tuple]], collider: Collider, seed: tuple, what: str) -> list[Tensor]:
+    "One integrated answer (or substitute) for each (node, address), as contexts show it."
+    samples = _speak(policy, tree, rows, collider, collider.draw_how, seed, what)
+    return [shorten(policy.tokenizer, content(policy, s.ids), collider.draw_how.max_new_tokens)[0] for s in samples]
 
 
 def paper(policy: Policy, groups: Sequence[Group], collider: Collider, seed: tuple) -> list[list[list[Tensor]]]:
     "y_{n,j} ~ pi(.|q, y_0..y_{n-1}), the same J draws for every i (Step 2 as printed). Returns [group][i][j] ids."
     tree = PrefixTree()
     rows = [(Contexts(policy, g, collider.template, tree).all(), (g.query.id, j)) for g in groups for j in range(collider.J)]
-    drawn = iter(_draw(policy, tree, rows, collider.draw_how, seed, "draw"))
+    drawn = iter(_draw(policy, tree, rows, collider, seed, "draw"))
     return [[[*shared]] * len(g) for g in groups for shared in [[next(drawn) for _ in range(collider.J)]]]
 
 
@@ -174,7 +181,7 @@ def loo(policy: Policy, groups: Sequence[Group], collider: Collider, seed: tuple
         contexts = Contexts(policy, g, collider.template, tree)
         rows += [(contexts.all(), (g.query.id, 0))]
         rows += [(contexts.without(i), (g.query.id, i, j)) for i in range(len(g)) for j in range(1, collider.J)]
-    return _one_and_rest(groups, collider.J, _draw(policy, tree, rows, collider.draw_how, seed, "draw"))
+    return _one_and_rest(groups, collider.J, _draw(policy, tree, rows, collider, seed, "draw"))
 
 
 def _one_and_rest(groups: Sequence[Group], J: int, drawn: Sequence[Tensor]) -> list[list[list[Tensor]]]:
@@ -190,13 +197,13 @@ def fresh(policy: Policy, groups: Sequence[Group], collider: Collider, seed: tup
     slots = [(g, i, j) for g in groups for i in range(len(g)) for j in range(1, collider.J)]
     tree = PrefixTree()
     prompts = [(tree.add(-1, *g.query.segments), (g.query.id, i, j)) for g, i, j in slots]
-    substitutes = iter(_draw(policy, tree, prompts, collider.draw_how, seed, "fresh"))
+    substitutes = iter(_draw(policy, tree, prompts, collider, seed, "fresh"))
     tree, rows = PrefixTree(), []
     for g in groups:
         contexts = Contexts(policy, g, collider.template, tree)
         rows += [(contexts.all(), (g.query.id, 0))]
         rows += [(contexts.instead(i, next(substitutes)), (g.query.id, i, j)) for i in range(len(g)) for j in range(1, collider.J)]
-    return _one_and_rest(groups, collider.J, _draw(policy, tree, rows, collider.draw_how, seed, "draw"))
+    return _one_and_rest(groups, collider.J, _draw(policy, tree, rows, collider, seed, "draw"))
 
 
 DRAWS = {"paper": paper, "loo": loo, "fresh": fresh}
@@ -215,19 +222,21 @@ def continue_contexts(policy: Policy, groups: Sequence[Group], collider: Collide
     for g in groups:
         contexts = Contexts(policy, g.need("draws_G_J"), collider.template, tree)
         rows += [(contexts.context(i, draw), (g.query.id, i, j, k)) for i, draws in enumerate(g.draws_G_J) for j, draw in enumerate(draws) for k in range(collider.m)]
-    samples = iter(sample(policy, tree, [node for node, _ in rows], [derive_seed(*seed, "continue", *address) for _, address in rows], collider.continue_how))
-    answers = lambda g: tuple(tuple(tuple(next(samples).ids for _ in range(collider.m)) for _ in draws) for draws in g.draws_G_J)
-    return [replace(g, continuations_G_J_M=answers(g)) for g in groups]
+    samples = _speak(policy, tree, rows, collider, collider.continue_how, seed, "continue")
+    size = lambda g: len(g) * collider.J * collider.m
+    return [_continued(g, samples[at:at + size(g)], collider) for g, at in zip(groups, accumulate([0, *map(size, groups)]))]
+
+
+def _continued(g: Group, samples: Sequence[Sample], collider: Collider) -> Group:
+    each, shape = iter(samples), (len(g), collider.J, collider.m)
+    answers = tuple(tuple(tuple(next(each).ids for _ in range(collider.m)) for _ in range(collider.J)) for _ in g.ids_G)
+    states = stack_states(samples)
+    return replace(g, continuations_G_J_M=answers, Z_G_J_M_D=states.reshape(*shape, -1) if len(states) else states)
 
 # %% ../nbs/11_collider.ipynb #f684398d
-def _kept(policy: Policy, ids: Tensor) -> Tensor:
-    "Ids up to the final token that says something: without the end token, unless it is all there is."
-    return content(policy, ids) if len(content(policy, ids)) else ids
-
-
 def alone(policy: Policy, groups: Sequence[Group], collider: Collider, tree: PrefixTree) -> list[list[int]]:
     "Nodes of every response and continuation fed back by themselves. Returns, per group, n + n*J*m nodes."
-    node = lambda ids: tree.add(-1, _kept(policy, ids))
+    node = lambda ids: tree.add(-1, spoken(policy, ids))
     return [[*map(node, g.ids_G), *(node(o) for per_i in g.continuations_G_J_M for per_j in per_i for o in per_j)] for g in groups]
 
 
@@ -235,10 +244,10 @@ def in_context(policy: Policy, groups: Sequence[Group], collider: Collider, tree
     "Nodes of every response under its query and every continuation under its context. Returns, per group, n + n*J*m nodes."
     nodes = []
     for g in groups:
-        nodes.append([tree.add(-1, *g.query.segments, _kept(policy, ids)) for ids in g.ids_G])
+        nodes.append([tree.add(-1, *g.query.segments, spoken(policy, ids)) for ids in g.ids_G])
         for i, (draws, per_i) in enumerate(zip(g.draws_G_J, g.continuations_G_J_M)):
             contexts = Contexts(policy, g, collider.template, tree)
-            nodes[-1] += [tree.add(contexts.context(i, draw), _kept(policy, o)) for draw, per_j in zip(draws, per_i) for o in per_j]
+            nodes[-1] += [tree.add(contexts.context(i, draw), spoken(policy, o)) for draw, per_j in zip(draws, per_i) for o in per_j]
     return nodes
 
 
@@ -247,9 +256,9 @@ ENCODINGS = {"alone": alone, "in_context": in_context}
 # %% ../nbs/11_collider.ipynb #90b9956f
 @torch.no_grad()
 def encode(policy: Policy, groups: Sequence[Group], collider: Collider, encoding: Callable = alone) -> list[Group]:
-    "The groups with final-token states z_G_D of the responses and Z_G_J_M_D of the continuations (empty where there are none), float32 on the CPU, from one packed pass."
-    if not groups:
-        return []
+    "The groups with final-token states z_G_D of the responses and Z_G_J_M_D of the continuations (empty where there are none), float32 on the CPU, from one packed pass; `in_context` states that came with the samples are kept."
+    if encoding is in_context and all(len(g.z_G_D) and len(g.Z_G_J_M_D) == len(g.continuations_G_J_M) for g in groups):
+        return list(groups)
     tree = PrefixTree()
     nodes = encoding(policy, groups, collider, tree)
     states = score(policy, tree, [], states=[k for per_group in nodes for k in per_group]).states.float().cpu()
@@ -260,14 +269,17 @@ def encode(policy: Policy, groups: Sequence[Group], collider: Collider, encoding
     return out
 
 # %% ../nbs/11_collider.ipynb #42aa3f7d
-def contexts_logp(policy: Policy, groups: Sequence[Group], collider: Collider, draws: int, temperature: float = 1.0) -> list[Tensor]:
-    "log pi(y_i | c_{i,l}) for l < draws: a padded [G, draws, T] per group, from one packed pass; [:, 0] is x_i."
+def contexts_logp(policy: Policy, groups: Sequence[Group], collider: Collider, draws: int, temperature: float = 1.0, context_gradient: bool = True) -> list[Tensor]:
+    """log pi(y_i | c_{i,l}) for l < draws: a padded [G, draws, T] per group, from one packed pass; [:, 0] is x_i.
+
+    `context_gradient=False` takes the contexts as constants: the gradient reaches the weights through y_i and the words just before it alone."""
     if not groups:
         return []
     tree, nodes = PrefixTree(), []
     for g in groups:
         contexts = Contexts(policy, g.need("draws_G_J"), collider.template, tree)
         nodes += [tree.add(contexts.context(i, g.draws_G_J[i][l]), g.ids_G[i]) for l in range(draws) for i in range(len(g))]
-    logp = iter(score(policy, tree, nodes, temperature=temperature).logp)
+    reader = policy if context_gradient else hold(policy, tree, nodes)
+    logp = iter(score(reader, tree, nodes, temperature=temperature).logp)
     per_group = [[split_groups([g], [next(logp) for _ in g.ids_G])[0] for _ in range(draws)] for g in groups]
     return [torch.stack(per_draw, dim=1) for per_draw in per_group]

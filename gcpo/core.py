@@ -204,6 +204,10 @@ class PrefixTree:
             parent = self._known[key]
         return parent
 
+    def find(self, parent: int, ids: Tensor) -> int:
+        "The node that holds `ids` below `parent`, -1 if there is none."
+        return self._known.get((parent, tuple(ids.tolist())), -1)
+
     def path(self, node: int) -> list[int]:
         "Nodes from the root to `node`, itself included."
         nodes = []

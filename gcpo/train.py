@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UPSILONS', 'SIMILARITIES', 'WEIGHTINGS', 'REFERENCES', 'TREATMENTS', 'OBJECTIVES', 'DataParameters',
            'MethodParameters', 'Config', 'Recipe', 'make_recipe', 'NonFiniteError', 'require_finite', 'score_rewards',
-           'judge', 'weigh', 'remember', 'group_losses', 'update', 'Optimiser', 'train_step', 'Clock', 'split_by',
-           'check_references', 'step_metrics', 'evaluate', 'interval', 'Run', 'restore', 'check_directory',
+           'judge', 'weigh', 'remember', 'refer', 'group_losses', 'update', 'Optimiser', 'train_step', 'Clock',
+           'split_by', 'check_references', 'step_metrics', 'evaluate', 'interval', 'Run', 'restore', 'check_directory',
            'completion_rows', 'write_completions', 'read_completions', 'join_completions', 'write_failed',
            'check_window', 'rehearse_rewards', 'questions_of_step', 'prepare', 'train', 'line', 'finish', 'read_run',
            'parse_arguments', 'read_parameters', 'main', 'summary']
@@ -36,12 +36,14 @@ from .advantage import clipped, flip_rate, group_advantage, has_signal, product,
 from .collider import DRAWS, ENCODINGS, ORDERS, TEMPLATES, Collider, contexts_logp, continue_contexts, encode, integrate
 from .core import Group, MetricsLog, Parameters, derive_seed, environment, read_metrics, row_mask, share_heads, uncommitted, writable_dir, write_atomic
 from .data import Row, load_rows, to_query
+from .engine import ENGINES
 from .kl import phi_autoregressive, phi_tokenwise, reference_mean, reference_ratio, reference_sum, treat_floor, treat_mask
 from .loss import dr_grpo_loss, gcpo_loss, grpo_loss, gvpo_loss
 from .policy import Policy, for_sampling, load_policy, reference_of, save_policy
 from .reward import load_reward, name_of, reward_table
 from .sample import Sampling, rollout, sample_groups
 from .score import groups_logp
+from .tree import NOTHING, Memory, check_flex
 from .upsilon import batch_means, centred, centroid, constant, cosine, euclidean, gaussian, ones, shuffled, spread, upsilon
 
 # %% ../nbs/30_train.ipynb #3f3e8e7f
@@ -64,6 +66,8 @@ class DataParameters(Parameters):
     top_k: int = Field(0, ge=0, description="keep the k likeliest tokens; 0 is off")
     min_p: float = Field(0.0, ge=0, le=1, description="keep tokens of at least this share of the likeliest; 0 is off")
     stop: list[str] = Field(["\n"], description="strings that end a completion")
+    engine: Literal["tree", "generate", "continuous", "vllm"] = Field("tree", description="what samples; tree shares prefixes")
+    token_budget: int = Field(131_072, ge=1, description="tokens whose keys and values are held at once while sampling")
     mask_truncated_completions: bool = Field(False, description="leave completions that hit max_completion_length out of the loss")
 
 # %% ../nbs/30_train.ipynb #88ac84a9
@@ -91,6 +95,7 @@ class MethodParameters(DataParameters):
     floor: float = Field(1e-6, gt=0, lt=1, description="the floor of projected probabilities")
     causal_clamp: float = Field(5.0, gt=0, description="bound of the causal log-ratio, nats")
     policy_side: Literal["x", "q"] = Field("x", description="the policy in the causal term: given x_i as printed, or given q")
+    context_gradient: bool = Field(True, description="policy_side x: gradient through the reading of x_i too; False is cheaper, and biased")
     kl_without_signal: bool = Field(False, description="causal KL also for groups whose rewards are all equal")
 
 # %% ../nbs/30_train.ipynb #26e1764f
@@ -113,6 +118,7 @@ class Config(MethodParameters):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights")
     bf16: bool = Field(False, description="compute in bfloat16 (autocast)")
     device: str = Field("", description="cpu, cuda, cuda:1; empty: cuda if there is one")
+    attention: Literal["tree", "flex"] = Field("tree", description="attention over trees; flex (FlexAttention) is for CUDA")
     gradient_checkpointing: bool = Field(False, description="trade compute for memory in the backward pass")
     eval_steps: int = Field(10, ge=1, description="evaluate before every so many steps, and at the end")
     logging_steps: int = Field(10, ge=1, description="print a line every so many steps")
@@ -151,6 +157,7 @@ class Recipe:
     config: Config
     how: Sampling
     collider: Collider
+    engine: Callable
     rewards: tuple[Callable, ...]
     weigh: Callable
     project: Callable
@@ -169,16 +176,18 @@ def make_recipe(config: Config) -> Recipe:
     "Resolve every word of a configuration. Raises ValueError for an unknown reward function."
     c, causal = config, config.objective == "gcpo"
     how = Sampling(c.max_completion_length, c.temperature, c.top_k, c.top_p, c.min_p, tuple(c.stop))
+    needs_states = causal and c.weight not in ("ones", "constant")
+    engine = partial(ENGINES[c.engine], token_budget=c.token_budget, **({"states": True} if needs_states and c.encoding == "in_context" and c.engine == "tree" else {}))
     collider = Collider(DRAWS[c.collider], c.num_draws, c.num_continuations, replace(how, max_new_tokens=c.max_draw_length),
-                        replace(how, max_new_tokens=c.max_continuation_length), c.context_budget, TEMPLATES[c.template], ORDERS[c.context_order])
+                        replace(how, max_new_tokens=c.max_continuation_length), c.context_budget, TEMPLATES[c.template], ORDERS[c.context_order], engine)
     own_draw = c.collider == "paper"
     settings = dict(alpha=c.alpha, similarity=SIMILARITIES[c.similarity], own_draw=own_draw)
     weigh = {"shuffled": lambda z, Z, seed: shuffled(z, Z, seed=seed, **settings)}.get(c.weight, lambda z, Z, seed: UPSILONS[c.weight](z, Z, **settings))
     project = partial(REFERENCES[c.reference], floor=c.floor)
     if c.reference != "sum":
         project = partial(project, phi=phi_autoregressive if c.autoregressive else phi_tokenwise, own_draw=own_draw)
-    return Recipe(c, how, collider, tuple(map(load_reward, c.rewards)), weigh, project, TREATMENTS[c.nonpositive], OBJECTIVES[c.objective],
-                  causal and c.weight in ("projected", "shuffled"), causal and c.weight not in ("ones", "constant"), c.kappa if causal else 0.0)
+    return Recipe(c, how, collider, engine, tuple(map(load_reward, c.rewards)), weigh, project, TREATMENTS[c.nonpositive], OBJECTIVES[c.objective],
+                  causal and c.weight in ("projected", "shuffled"), needs_states, c.kappa if causal else 0.0)
 
 # %% ../nbs/30_train.ipynb #535876d5
 def _old(group: Group, logp_G_T: Tensor) -> Tensor:
@@ -267,21 +276,28 @@ def weigh(groups: Sequence[Group], recipe: Recipe, step_seed: tuple) -> list[Gro
 
 # %% ../nbs/30_train.ipynb #8b077626
 @torch.no_grad()
-def remember(policy: Policy, reference: Callable, groups: Sequence[Group], recipe: Recipe, step: int = 0) -> list[Group]:
-    "The groups with old_logp_G_T, ref_logp_G_T (beta > 0) and causal_ref_logp_G_T, causal_mask_G_T (groups with draws, kappa > 0)."
+def remember(old: Policy, groups: Sequence[Group], recipe: Recipe, step: int = 0) -> list[Group]:
+    "The groups with old_logp_G_T, and with causal_ref_logp_G_T, causal_mask_G_T where they have draws and kappa > 0."
     c, out = recipe.config, list(groups)
     has_draws = [recipe.kappa > 0 and len(g.draws_G_J) > 0 for g in out]
     if out and (c.num_iterations > 1 or any(has_draws)):
-        out = [replace(g, old_logp_G_T=logp) for g, logp in zip(out, groups_logp(policy, out, c.temperature)[0])]
-    if out and c.beta > 0 and c.objective != "gvpo":
-        with reference() as ref:
-            out = [replace(g, ref_logp_G_T=logp) for g, logp in zip(out, groups_logp(ref, out, c.temperature)[0])]
+        out = [replace(g, old_logp_G_T=logp) for g, logp in zip(out, groups_logp(old, out, c.temperature)[0])]
     drawn = [g for g, d in zip(out, has_draws) if d]
-    in_contexts = contexts_logp(policy, drawn, recipe.collider, c.num_draws, c.temperature)
+    in_contexts = contexts_logp(old, drawn, recipe.collider, c.num_draws, c.temperature)
     for g, logp_G_J_T in zip(drawn, in_contexts):
         require_finite("log-probs in the contexts of the causal reference", logp_G_J_T, step, out, g)
     in_contexts = iter(in_contexts)
     return [_with_causal_reference(g, next(in_contexts), recipe) if d else g for g, d in zip(out, has_draws)]
+
+
+@torch.no_grad()
+def refer(reference: Callable, groups: Sequence[Group], recipe: Recipe) -> list[Group]:
+    "The groups with ref_logp_G_T, if the objective has a KL term to the reference policy."
+    c = recipe.config
+    if not groups or c.beta == 0 or c.objective == "gvpo":
+        return list(groups)
+    with reference() as ref:
+        return [replace(g, ref_logp_G_T=logp) for g, logp in zip(groups, groups_logp(ref, groups, c.temperature)[0])]
 
 
 def _with_causal_reference(g: Group, logp_G_J_T: Tensor, recipe: Recipe) -> Group:
@@ -291,12 +307,15 @@ def _with_causal_reference(g: Group, logp_G_J_T: Tensor, recipe: Recipe) -> Grou
                    context_logp_G_J_T=logp_G_J_T)
 
 # %% ../nbs/30_train.ipynb #0749dc0a
-def group_losses(policy: Policy, groups: Sequence[Group], recipe: Recipe) -> list[tuple[Tensor, dict]]:
-    "(loss, metrics) of each group, from one packed pass over the responses and, for the causal term at x_i, one over the contexts."
+def group_losses(policy: Policy, groups: Sequence[Group], recipe: Recipe, memory: Memory = NOTHING) -> list[tuple[Tensor, dict]]:
+    """(loss, metrics) of each group, from one packed pass over the responses and, for the causal term at x_i, one over the contexts.
+
+    `memory`: what the policy has read with its present weights; contexts without gradient (`context_gradient=False`) are taken from it."""
     c = recipe.config
     logps, entropies = groups_logp(policy, groups, c.temperature, entropy=True)
     causal = [g for g in groups if len(g.causal_ref_logp_G_T)]
-    at_x = iter(contexts_logp(policy, causal, recipe.collider, draws=1, temperature=c.temperature)) if c.policy_side == "x" else None
+    reader = policy if c.context_gradient else replace(policy, memory=memory)
+    at_x = iter(contexts_logp(reader, causal, recipe.collider, 1, c.temperature, c.context_gradient)) if c.policy_side == "x" else None
     out = []
     for g, logp_G_T, entropy_G_T in zip((g.to(policy.device) for g in groups), logps, entropies):
         real_G_T = row_mask(g.ids_G).to(policy.device)
@@ -307,13 +326,13 @@ def group_losses(policy: Policy, groups: Sequence[Group], recipe: Recipe) -> lis
     return out
 
 # %% ../nbs/30_train.ipynb #1f7ca761
-def update(policy: Policy, groups: Sequence[Group], count: int, recipe: Recipe, optimiser: "Optimiser", step: int) -> dict[str, float]:
+def update(policy: Policy, groups: Sequence[Group], count: int, recipe: Recipe, optimiser: "Optimiser", step: int, memory: Memory = NOTHING) -> dict[str, float]:
     "One optimiser step on the groups that have a gradient (`count`: all groups of the step). Returns metrics averaged over the groups."
     c, sums = recipe.config, defaultdict(list)
     for lo in range(0, len(groups), c.groups_per_microbatch):
         micro = groups[lo:lo + c.groups_per_microbatch]
         with optimiser.accelerator.autocast():
-            losses = group_losses(policy, micro, recipe)
+            losses = group_losses(policy, micro, recipe, memory)
         for g, (loss, metrics) in zip(micro, losses):
             require_finite("loss", loss, step, groups, g)
             for name, value in {**metrics, "loss/total": loss.detach()}.items():
@@ -356,22 +375,23 @@ class Optimiser:
 def train_step(policy: Policy, reference: Callable, queries: Sequence, recipe: Recipe, optimiser: Optimiser, step: int) -> tuple[list[Group], dict]:
     "Rollout, reward, collider, continuations, states, Upsilon, references, update. Returns the groups and the step's metrics."
     c, seed, clock = recipe.config, (recipe.config.seed, step), Clock()
-    with for_sampling(policy):
-        with clock("rollout"):      groups = sample_groups(policy, queries, c.num_generations, recipe.how, seed)            # y_i ~ pi_old(.|q)
-        with clock("reward"):       groups = judge(groups, recipe)                                                          # r_i, A_i (Eq. 6)
+    with for_sampling(policy, c.token_budget) as old:                                                                                   # pi_old
+        with clock("rollout"):      groups = sample_groups(old, queries, c.num_generations, recipe.how, seed, engine=recipe.engine)     # y_i ~ pi_old(.|q)
+        with clock("reward"):       groups = judge(groups, recipe)                                                                      # r_i, A_i (Eq. 6)
         dull, live = split_by(lambda g: has_signal(g.reward_G) or recipe.kappa > 0 and c.kl_without_signal, groups)
         if recipe.needs_draws:
-            with clock("draws"):    live = integrate(policy, live, recipe.collider, seed)                                   # y_{n,j}
+            with clock("draws"):    live = integrate(old, live, recipe.collider, seed)                                                  # y_{n,j}
         if recipe.needs_continuations:
-            with clock("continue"): live = continue_contexts(policy, live, recipe.collider, seed)                           # O_{i,j,k} ~ pi_old(.|c_{i,j})
+            with clock("continue"): live = continue_contexts(old, live, recipe.collider, seed)                                          # O_{i,j,k} ~ pi_old(.|c_{i,j})
         if recipe.needs_states:
-            with clock("encode"):   live = encode(policy, live, recipe.collider, ENCODINGS[c.encoding])                     # z_i, Z_{i,j,k}
-    if c.objective == "gcpo":   live = weigh(live, recipe, seed)                                                            # Upsilon_i, B_i (Eq. 11)
-    with clock("remember"):     moving = remember(policy, reference, live + (dull if c.beta > 0 else []), recipe, step)     # pi_old, pi_ref, pi'_ref (Eq. 12)
+            with clock("encode"):   live = encode(old, live, recipe.collider, ENCODINGS[c.encoding])                                    # z_i, Z_{i,j,k}
+        if c.objective == "gcpo":   live = weigh(live, recipe, seed)                                                                    # Upsilon_i, B_i (Eq. 11)
+        with clock("remember"):     moving = remember(old, live + (dull if c.beta > 0 else []), recipe, step)                           # log pi_old, pi'_ref (Eq. 12)
+    with clock("reference"):        moving = refer(reference, moving, recipe)                                                           # log pi_ref
     check_references(moving, step)
     with clock("update"):
-        for _ in range(c.num_iterations):
-            rates = dict(**{"optim/learning_rate": optimiser.learning_rate}, **update(policy, moving, len(groups), recipe, optimiser, step))
+        for k in range(c.num_iterations):
+            rates = {"optim/learning_rate": optimiser.learning_rate, **update(policy, moving, len(groups), recipe, optimiser, step, old.memory if k == 0 else NOTHING)}
     done = {g.query.id: g for g in [*dull, *live, *moving]}
     groups = [done[g.query.id] for g in groups]
     return groups, {**step_metrics(policy, groups, live), **rates, **clock.seconds}
@@ -432,7 +452,7 @@ def _causal_metrics(policy: Policy, live: Sequence[Group]) -> dict[str, float]:
 # %% ../nbs/30_train.ipynb #da6ed33e
 def evaluate(policy: Policy, queries: Sequence, recipe: Recipe, progress: str = "evaluate") -> dict[str, float]:
     "Mean reward over held-out queries with its 95% interval: `eval/reward`, `eval/low`, `eval/high`, and count, length and truncated share."
-    answered = rollout(policy, queries, 1, recipe.how, (recipe.config.seed, "evaluate"), progress=progress)
+    answered = rollout(policy, queries, 1, recipe.how, (recipe.config.seed, "evaluate"), progress, recipe.engine)
     reward_N = torch.cat([g.reward_G for g in score_rewards(answered, recipe)])
     scored = reward_N[~reward_N.isnan()]
     low, high = interval(scored)
@@ -620,7 +640,9 @@ def prepare(config: Config) -> tuple[Recipe, Policy, list, list]:
     rehearse_rewards(recipe, rows[:2])
     torch.manual_seed(config.seed)
     lora = _lora(config) if config.lora_r else None
-    policy = load_policy(config.model, lora=lora, device=config.device or None, dtype=config.dtype)
+    policy = load_policy(config.model, lora=lora, device=config.device or None, dtype=config.dtype, attention=config.attention)
+    if config.attention == "flex":
+        check_flex(policy.device, policy.causal_lm.dtype, policy.head_dim, training=True)
     if config.gradient_checkpointing:
         policy.model.train()
         policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})

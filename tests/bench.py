@@ -16,8 +16,8 @@ import torch
 
 from gcpo.core import derive_seed
 from gcpo.data import generated_rows
-from gcpo.policy import locate
-from gcpo.train import Config, Optimiser, prepare, questions_of_step, reference_of, train_step
+from gcpo.policy import locate, reference_of
+from gcpo.train import Config, Optimiser, prepare, questions_of_step, train_step
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 5
 SAME = dict(model="smollm2", shots=3, num_generations=8, prompts_per_step=4, max_completion_length=16, stop=[], beta=0.04, learning_rate=1e-5,

@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 from transformers import (AutoModelForCausalLM, Gemma2Config, GemmaConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 
 from gcpo.core import PrefixTree
-from gcpo.policy import Packed, Policy, build_tiny, probe, register_tree_attention
+from gcpo.policy import Policy, build_tiny, for_sampling, probe, register_tree_attention
 from gcpo.sample import Sampling, sample, sample_alone
-from gcpo.score import logp_alone, tree_logp
+from gcpo.score import logp_alone, score, tree_logp
+from gcpo.tree import Packed
 
 COMMON = dict(vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=None)
 CONFIGS = {
@@ -69,6 +70,45 @@ def test_tree_equals_separate(tree, policy):
         sum((w * x).sum() for w, x in zip(weights, logps)).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]))
     assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(tree=trees(), which=st.integers(0, 10**6))
+def test_what_was_held_scores_the_same(tree, which, policy):
+    "A random upper part of the tree is read first, by sampling below it; then all is scored, with no more than the rest read again."
+    parents, segments = tree
+    whole, nodes = PrefixTree(), []
+    for parent, ids in zip(parents, segments):
+        nodes.append(whole.add(nodes[parent] if parent != -1 else -1, ids))
+    first, below = PrefixTree(), [k for k in range(len(parents)) if which >> k & 1]
+    leaves = [first.add(-1, *(segments[j] for j in path(parents, k))) for k in below]
+    scored = [nodes[k] for k, parent in enumerate(parents) if parent != -1]
+    with torch.no_grad(), for_sampling(policy) as frozen:
+        sample(frozen, first, leaves, range(len(leaves)), Sampling(3))
+        assert frozen.memory.tokens == first.tokens
+        held, plain = score(frozen, whole, scored, states=nodes), score(policy, whole, scored, states=nodes)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(held.logp, plain.logp)) and torch.allclose(held.states, plain.states, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen2"])
+def test_adapters_on_and_off(architecture):
+    "Trees under LoRA: the same log-probs and adapter gradients as separate sequences, and the base model's scores with the adapter off."
+    from peft import LoraConfig, get_peft_model
+    base = policy_of(CONFIGS[architecture])
+    tree = [-1, 0, 0, 1], [torch.arange(3, 12), torch.arange(20, 26), torch.arange(30, 33), torch.arange(40, 45)], [1, 2, 3]
+    with torch.no_grad():
+        without = tree_logp(base, *tree)
+    policy = Policy(get_peft_model(base.model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")).eval(), base.tokenizer, "lora")
+    with torch.no_grad():
+        for p in policy.trainable():
+            p.add_(0.03 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    packed = tree_logp(policy, *tree)
+    separate = [logp_alone(policy, torch.cat([tree[1][j] for j in path(tree[0], k)[:-1]]), tree[1][k]) for k in tree[2]]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(packed, separate)) and not torch.allclose(packed[0], without[0], atol=1e-3)
+    ours, theirs = (torch.cat([g.flatten() for g in torch.autograd.grad(sum(x.sum() for x in logps), policy.trainable())]) for logps in (packed, separate))
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    with policy.model.disable_adapter(), torch.no_grad():
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(tree_logp(policy, *tree), without))
 
 
 def test_blocks_do_not_matter(policy):
