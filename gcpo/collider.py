@@ -257,7 +257,7 @@ ENCODINGS = {"alone": alone, "in_context": in_context}
 @torch.no_grad()
 def encode(policy: Policy, groups: Sequence[Group], collider: Collider, encoding: Callable = alone) -> list[Group]:
     "The groups with final-token states z_G_D of the responses and Z_G_J_M_D of the continuations (empty where there are none), float32 on the CPU, from one packed pass; `in_context` states that came with the samples are kept."
-    if encoding is in_context and all(len(g.z_G_D) and len(g.Z_G_J_M_D) == len(g.continuations_G_J_M) for g in groups):
+    if not groups or encoding is in_context and all(len(g.z_G_D) and len(g.Z_G_J_M_D) == len(g.continuations_G_J_M) for g in groups):
         return list(groups)
     tree = PrefixTree()
     nodes = encoding(policy, groups, collider, tree)

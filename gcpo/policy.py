@@ -85,6 +85,10 @@ class Policy:
         return config.max_position_embeddings
 
     @property
+    def vocabulary(self) -> int:
+        return self.causal_lm.get_output_embeddings().out_features
+
+    @property
     def head_dim(self) -> int:
         config = self.causal_lm.config.get_text_config()
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -41,7 +41,7 @@ def _read(policy: Policy, states_R_D: Tensor, row_K: Tensor, target_K: Tensor, t
 def read_logp(policy: Policy, states_N_D: Tensor, at_K: Tensor, target_K: Tensor, temperature: float = 1.0, entropy: bool = False) -> tuple[Tensor, Tensor]:
     "Log-prob [K] of token `target_K` from the state at position `at_K`, and the entropy there (zeros unless asked for, without gradient)."
     rows, row_K = torch.unique(at_K, return_inverse=True)
-    per_chunk = max(1, CHUNK_BYTES // (4 * policy.causal_lm.get_output_embeddings().out_features))
+    per_chunk = max(1, CHUNK_BYTES // (4 * policy.vocabulary))
     if len(rows) <= per_chunk:
         return _read(policy, states_N_D[rows], row_K, target_K, temperature, entropy)
     order = row_K.argsort(stable=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UPSILONS', 'SIMILARITIES', 'WEIGHTINGS', 'REFERENCES', 'TREATMENTS', 'OBJECTIVES', 'DataParameters',
-           'MethodParameters', 'Config', 'Recipe', 'make_recipe', 'NonFiniteError', 'require_finite', 'score_rewards',
-           'judge', 'weigh', 'remember', 'refer', 'group_losses', 'update', 'Optimiser', 'train_step', 'Clock',
+           'MethodParameters', 'Config', 'Clock', 'Recipe', 'make_recipe', 'NonFiniteError', 'require_finite',
+           'score_rewards', 'judge', 'weigh', 'remember', 'refer', 'group_losses', 'update', 'Optimiser', 'train_step',
            'split_by', 'check_references', 'step_metrics', 'evaluate', 'interval', 'Run', 'restore', 'check_directory',
            'completion_rows', 'write_completions', 'read_completions', 'join_completions', 'write_failed',
            'check_window', 'rehearse_rewards', 'questions_of_step', 'prepare', 'train', 'line', 'finish', 'read_run',
@@ -151,6 +151,19 @@ REFERENCES = {"sum": reference_sum, "mean": reference_mean, "ratio": reference_r
 TREATMENTS = {"floor": treat_floor, "mask": treat_mask}
 
 
+class Clock:
+    "Seconds per stage, as metrics `time/stage`."
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str):
+        begin = time.perf_counter()
+        yield
+        self.seconds[f"time/{stage}"] = time.perf_counter() - begin
+
+
 @dataclass(frozen=True)
 class Recipe:
     "A configuration in functions. `weigh(z, Z, seed)` gives Upsilon; `project(logp_G_J_T, logp_q_G_T)` the causal reference."
@@ -166,6 +179,7 @@ class Recipe:
     needs_continuations: bool
     needs_states: bool
     kappa: float
+    clock: Callable = Clock
 
     @property
     def needs_draws(self) -> bool:
@@ -374,7 +388,7 @@ class Optimiser:
 # %% ../nbs/30_train.ipynb #d91b9cfd
 def train_step(policy: Policy, reference: Callable, queries: Sequence, recipe: Recipe, optimiser: Optimiser, step: int) -> tuple[list[Group], dict]:
     "Rollout, reward, collider, continuations, states, Upsilon, references, update. Returns the groups and the step's metrics."
-    c, seed, clock = recipe.config, (recipe.config.seed, step), Clock()
+    c, seed, clock = recipe.config, (recipe.config.seed, step), recipe.clock()
     with for_sampling(policy, c.token_budget) as old:                                                                                   # pi_old
         with clock("rollout"):      groups = sample_groups(old, queries, c.num_generations, recipe.how, seed, engine=recipe.engine)     # y_i ~ pi_old(.|q)
         with clock("reward"):       groups = judge(groups, recipe)                                                                      # r_i, A_i (Eq. 6)
@@ -397,19 +411,6 @@ def train_step(policy: Policy, reference: Callable, queries: Sequence, recipe: R
     return groups, {**step_metrics(policy, groups, live), **rates, **clock.seconds}
 
 # %% ../nbs/30_train.ipynb #76912e26
-class Clock:
-    "Seconds per stage, as metrics `time/stage`."
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str):
-        begin = time.perf_counter()
-        yield
-        self.seconds[f"time/{stage}"] = time.perf_counter() - begin
-
-
 def split_by(test: Callable, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
     "(groups that fail the test, groups that pass it)."
     return [g for g in groups if not test(g)], [g for g in groups if test(g)]

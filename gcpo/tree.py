@@ -179,11 +179,12 @@ class Packed(Layout):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         "Exact attention of every new token over its root path. query [1, Hq, N, d], key and value [1, Hkv, N, d] -> [1, Hq, N, d]."
         key, value = self.joined(layer, key, value)
-        repeat = query.shape[1] // key.shape[1]
-        key, value = (x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (key, value))
+        grouped = query.shape[1] != key.shape[1]
+        if grouped and query.device.type != "cpu":  # CUDA's kernels take a mask or grouped heads, not both
+            key, value, grouped = *(x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value)), False
         take = lambda x, spans: x[:, :, spans[0][0]:spans[0][1]] if len(spans) == 1 else torch.cat([x[:, :, a:b] for a, b in spans], dim=2)
         return torch.cat([
-            scaled_dot_product_attention(query[:, :, lo - self.base:hi - self.base], take(key, spans), take(value, spans), attn_mask=mask, is_causal=mask is None, scale=scaling)
+            scaled_dot_product_attention(query[:, :, lo - self.base:hi - self.base], take(key, spans), take(value, spans), attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
             for (lo, hi), spans, mask in self.blocks], dim=2)
 
 # %% ../nbs/01_tree.ipynb #322f1c6e
