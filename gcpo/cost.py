@@ -76,13 +76,13 @@ def _base(path: str) -> str:
 # %% ../nbs/34_cost.ipynb #73b3ba9e
 @dataclass
 class Pass:
-    "One forward pass. `pairs`: of query and key; `rows`: of the head; `copied`: keys that attention blocks copy together; `kv`: tokens whose keys and values lie in memory meanwhile."
+    "One forward pass. `pairs`: of query and key; `rows`: of the head; `taken`: keys that attention blocks take together; `kv`: tokens whose keys and values lie in memory meanwhile."
     stage: str
     read: int = 0
     decoded: int = 0
     pairs: int = 0
     rows: int = 0
-    copied: int = 0
+    taken: int = 0
     kv: int = 0
     gradient: bool = False
 
@@ -102,8 +102,8 @@ class Dry(Policy):
         self.log.append(Pass(self.log[-1].stage, **counts))
 
     def hidden(self, plan: Packed, ids_N: Tensor, position_ids_N: Tensor) -> Tensor:
-        copied = sum(hi - lo for _, spans, _ in plan.blocks if len(spans) > 1 for lo, hi in spans) if torch.is_grad_enabled() else 0
-        self.note(read=len(ids_N), pairs=int(position_ids_N.sum()) + len(ids_N), copied=copied, kv=plan.end, gradient=torch.is_grad_enabled())
+        taken = sum(hi - lo for _, spans, _ in plan.blocks for lo, hi in spans) if torch.is_grad_enabled() else 0
+        self.note(read=len(ids_N), pairs=int(position_ids_N.sum()) + len(ids_N), taken=taken, kv=plan.end, gradient=torch.is_grad_enabled())
         return torch.randn(len(ids_N), 4)
 
     def logits(self, hidden_R_D: Tensor) -> "_Flat":
@@ -123,7 +123,7 @@ class Dry(Policy):
         policy.note(decoded=R * (T - 1), pairs=prompt * (T - 1) + R * T * (T - 1) // 2, rows=R * T, kv=packed.end + tree.tokens + R * T)
         said = torch.tensor(policy.tokenizer.encode("x", add_special_tokens=False)[-1:])
         draw = lambda seed: torch.cat([torch.randint(0, policy.vocabulary, (T - 1,), generator=torch.Generator().manual_seed(seed)), said])
-        return [Sample(draw(s), True, torch.randn(4) if states else torch.empty(0)) for s in seeds]
+        return [Sample(draw(s), True, torch.zeros(T), torch.randn(4) if states else torch.empty(0)) for s in seeds]
 
 
 class _Flat:
@@ -188,8 +188,8 @@ def activation_bytes(passes: Sequence[Pass], s: Outline, config: Config) -> int:
     inner = s.heads * s.head_dim
     tokens, rows = sum(p.read for p in passes), sum(p.rows for p in passes)
     per_key = 2 * s.head_dim * (s.heads if config.device.startswith("cuda") else s.kv_heads)
-    copied = per_key * sum(p.copied for p in passes) * (config.attention == "tree")
-    layer = tokens * (4 * s.width + 3 * inner + 4 * s.mlp + per_key) + copied
+    taken = per_key * sum(p.taken if config.attention == "tree" else p.read for p in passes)
+    layer = tokens * (4 * s.width + 3 * inner + 4 * s.mlp) + taken
     layers = tokens * s.width * s.layers + layer if config.gradient_checkpointing else layer * s.layers
     return size * layers + min(CHUNK_BYTES, 4 * rows * s.vocabulary)
 

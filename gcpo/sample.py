@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import Group, PrefixTree, Query, derive_seed
+from .core import Group, PrefixTree, Query, derive_seed, pad
 from .policy import Policy, for_sampling
 from .tree import Packed
 
@@ -32,7 +32,7 @@ class Sampling:
 
 def probabilities(logits_R_V: Tensor, how: Sampling) -> Tensor:
     "Distribution [R, V] after temperature, top-k, top-p and min-p, in this order (as transformers applies them)."
-    logits = logits_R_V / how.temperature
+    logits = logits_R_V if how.temperature == 1 else logits_R_V / how.temperature
     if how.top_k:
         kth = logits.topk(min(how.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -61,15 +61,29 @@ def pick(logits_R_V: Tensor, uniform_R: Tensor, how: Sampling) -> Tensor:
         raise FloatingPointError("logits of the policy")
     if how.temperature == 0:
         return logits_R_V.argmax(-1)
-    cumulative = probabilities(logits_R_V, how).double().cumsum(-1)
-    return torch.searchsorted(cumulative, (uniform_R * cumulative[:, -1])[:, None], right=True).squeeze(-1).clamp(max=logits_R_V.shape[-1] - 1)
+    return _inverse_cumulative(probabilities(logits_R_V, how), uniform_R)
+
+
+def _inverse_cumulative(probs_R_V: Tensor, uniform_R: Tensor, width: int = 256) -> Tensor:
+    "Where the cumulative sum of each row passes its share `uniform_R` of the total: first among blocks of `width`, then within one. Sums are float64."
+    blocks_R_B_W = torch.nn.functional.pad(probs_R_V, (0, -probs_R_V.shape[1] % width)).view(len(probs_R_V), -1, width)
+    ends_R_B = blocks_R_B_W.sum(-1, dtype=torch.float64).cumsum(-1)
+    goal_R = uniform_R * ends_R_B[:, -1]
+    passed = lambda cumulative, goal: torch.minimum((cumulative <= goal[:, None]).sum(-1), (cumulative < cumulative[:, -1:]).sum(-1))
+    block_R = passed(ends_R_B, goal_R)
+    rows = torch.arange(len(probs_R_V), device=probs_R_V.device)
+    before_R = torch.where(block_R > 0, ends_R_B[rows, block_R - 1], 0.0)
+    return block_R * width + passed(blocks_R_B_W[rows, block_R].double().cumsum(-1), goal_R - before_R)
 
 # %% ../nbs/03_sample.ipynb #9b0dfdc3
 @dataclass(frozen=True)
 class Sample:
-    "Generated ids (the end token included where reached), whether `max_new_tokens` cut them off, and, if asked for, the last-layer state [D] at the last token of `spoken`."
+    """Generated ids (the end token included where reached) and whether `max_new_tokens` cut them off.
+
+    From engines that know them: `logp` [T], each token's log-prob at the sampling temperature, before filters; and, if asked for, `state` [D] at the last token of `spoken`."""
     ids: Tensor
     truncated: bool
+    logp: Tensor = field(default_factory=lambda: torch.empty(0))
     state: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -250,7 +264,7 @@ class _Row:
     "One completion in the making: its tokens, how many of them have been read, and the state after the last one read."
 
     def __init__(self):
-        self.ids, self.read, self.ended, self.state = [], 0, False, torch.empty(0)
+        self.ids, self.logp, self.read, self.ended, self.state = [], [], 0, False, torch.empty(0)
 
     def needs(self, policy: Policy, how: Sampling, states: bool) -> bool:
         "Whether another pass is needed: to go on, or to read the last token that says something."
@@ -269,9 +283,10 @@ def _decode(policy: Policy, tree: PrefixTree, leaves: list[int], seeds: list[int
     with tqdm(total=how.max_new_tokens, desc=progress, disable=not progress, leave=False, mininterval=1) as bar:
         while True:
             tokens = pick(logits, noise_R_T[:, min(plan.step, how.max_new_tokens - 1)], how)
-            for row, token in zip(active, tokens.tolist()):
+            for row, token, logp in zip(active, tokens.tolist(), _token_logp(logits, tokens, how).tolist()):
                 if not row.ended and len(row.ids) < how.max_new_tokens:
                     row.ids.append(token)
+                    row.logp.append(logp)
                     row.ended = has_ended(policy, row.ids, how)
             going = [i for i, row in enumerate(active) if row.needs(policy, how, states)]
             if not going:
@@ -286,11 +301,17 @@ def _decode(policy: Policy, tree: PrefixTree, leaves: list[int], seeds: list[int
                 active[i].state = hidden_R_D[i] if states else active[i].state
             logits = policy.logits(hidden_R_D)
             bar.update()
-    return [Sample(torch.tensor(row.ids), not row.ended, row.state) for row in rows]
+    return [Sample(torch.tensor(row.ids), not row.ended, torch.tensor(row.logp), row.state) for row in rows]
+
+
+def _token_logp(logits_R_V: Tensor, tokens_R: Tensor, how: Sampling) -> Tensor:
+    "Log-prob [R] of the chosen tokens at the sampling temperature (1 where it is 0, greedy)."
+    scaled = logits_R_V if how.temperature in (0, 1) else logits_R_V / how.temperature
+    return scaled.gather(1, tokens_R[:, None]).squeeze(1) - scaled.logsumexp(1)
 
 # %% ../nbs/03_sample.ipynb #2aa2991e
 def rollout(policy: Policy, queries: Sequence[Query], count: int, how: Sampling, seed: tuple = (0,), progress: str = "", engine: Callable = sample) -> list[Group]:
-    "`count` responses y_i ~ pi(.|q) for each query, all in one batch. `seed`: the address that all sequence seeds derive from. States fill z_G_D if the engine gives them."
+    "`count` responses y_i ~ pi(.|q) for each query, all in one batch. `seed`: the address that all sequence seeds derive from. Log-probs and states fill old_logp_G_T, z_G_D where the engine gives them."
     tree = PrefixTree()
     leaves = [tree.add(-1, *q.segments) for q in queries for _ in range(count)]
     seeds = [derive_seed(*seed, "rollout", q.id, i) for q in queries for i in range(count)]
@@ -312,7 +333,8 @@ def sample_group(policy: Policy, query: Query, num_generations: int, how: Sampli
 
 def _group(policy: Policy, query: Query, samples: list[Sample]) -> Group:
     texts = tuple(policy.tokenizer.decode(content(policy, s.ids), skip_special_tokens=True) for s in samples)
-    return Group(query, tuple(s.ids for s in samples), texts, torch.tensor([s.truncated for s in samples]), z_G_D=stack_states(samples))
+    return Group(query, tuple(s.ids for s in samples), texts, torch.tensor([s.truncated for s in samples]), z_G_D=stack_states(samples),
+                 old_logp_G_T=pad([s.logp for s in samples]) if len(samples[0].logp) else torch.empty(0))
 
 
 def stack_states(samples: Sequence[Sample]) -> Tensor:

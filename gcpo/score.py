@@ -29,7 +29,8 @@ CHUNK_BYTES = 128 * 2**20
 
 
 def _read(policy: Policy, states_R_D: Tensor, row_K: Tensor, target_K: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
-    log_probs_R_V = (policy.logits(states_R_D) / temperature).log_softmax(-1)
+    logits_R_V = policy.logits(states_R_D)
+    log_probs_R_V = (logits_R_V if temperature == 1 else logits_R_V / temperature).log_softmax(-1)
     logp_K = log_probs_R_V[row_K, target_K]
     if not entropy:
         return logp_K, logp_K.new_zeros(len(row_K))

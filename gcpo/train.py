@@ -204,30 +204,30 @@ def make_recipe(config: Config) -> Recipe:
                   causal and c.weight in ("projected", "shuffled"), needs_states, c.kappa if causal else 0.0)
 
 # %% ../nbs/30_train.ipynb #535876d5
-def _old(group: Group, logp_G_T: Tensor) -> Tensor:
-    "The sampling policy's log-probs; on the first pass over fresh rollouts they are the policy's own."
-    return group.old_logp_G_T if len(group.old_logp_G_T) else logp_G_T.detach()
+def _old(c: Config, group: Group, logp_G_T: Tensor) -> Tensor:
+    "The sampling policy's log-probs; with one pass over fresh rollouts they are the policy's own, so the ratio is exactly one."
+    return group.old_logp_G_T if c.num_iterations > 1 else logp_G_T.detach()
 
 
 def _grpo(c: Config, g: Group, logp_G_T: Tensor, logp_x_G_T: Tensor | None, mask_G_T: Tensor):
     ref = g.ref_logp_G_T if len(g.ref_logp_G_T) else None
-    return grpo_loss(logp_G_T, _old(g, logp_G_T), g.adv_G, mask_G_T, c.epsilon, c.beta, ref, c.epsilon_high)
+    return grpo_loss(logp_G_T, _old(c, g, logp_G_T), g.adv_G, mask_G_T, c.epsilon, c.beta, ref, c.epsilon_high)
 
 
 def _dr_grpo(c: Config, g: Group, logp_G_T: Tensor, logp_x_G_T: Tensor | None, mask_G_T: Tensor):
     ref = g.ref_logp_G_T if len(g.ref_logp_G_T) else None
-    return dr_grpo_loss(logp_G_T, _old(g, logp_G_T), g.adv_G, mask_G_T, c.epsilon, c.beta, ref, c.epsilon_high, max_length=c.max_completion_length)
+    return dr_grpo_loss(logp_G_T, _old(c, g, logp_G_T), g.adv_G, mask_G_T, c.epsilon, c.beta, ref, c.epsilon_high, max_length=c.max_completion_length)
 
 
 def _gvpo(c: Config, g: Group, logp_G_T: Tensor, logp_x_G_T: Tensor | None, mask_G_T: Tensor):
-    return gvpo_loss(logp_G_T, _old(g, logp_G_T), g.reward_G, mask_G_T, c.beta)
+    return gvpo_loss(logp_G_T, _old(c, g, logp_G_T), g.reward_G, mask_G_T, c.beta)
 
 
 def _gcpo(c: Config, g: Group, logp_G_T: Tensor, logp_x_G_T: Tensor | None, mask_G_T: Tensor):
     ref = g.ref_logp_G_T if len(g.ref_logp_G_T) else None
     if logp_x_G_T is None:
-        return gcpo_loss(logp_G_T, _old(g, logp_G_T), g.weight_G, mask_G_T, kappa=0.0, epsilon=c.epsilon, beta=c.beta, ref_logp_G_T=ref, epsilon_high=c.epsilon_high)
-    return gcpo_loss(logp_G_T, _old(g, logp_G_T), g.weight_G, mask_G_T, logp_x_G_T, g.causal_ref_logp_G_T, c.kappa, c.epsilon, c.beta, ref,
+        return gcpo_loss(logp_G_T, _old(c, g, logp_G_T), g.weight_G, mask_G_T, kappa=0.0, epsilon=c.epsilon, beta=c.beta, ref_logp_G_T=ref, epsilon_high=c.epsilon_high)
+    return gcpo_loss(logp_G_T, _old(c, g, logp_G_T), g.weight_G, mask_G_T, logp_x_G_T, g.causal_ref_logp_G_T, c.kappa, c.epsilon, c.beta, ref,
                      c.epsilon_high, g.causal_mask_G_T, c.causal_clamp)
 
 
@@ -294,7 +294,7 @@ def remember(old: Policy, groups: Sequence[Group], recipe: Recipe, step: int = 0
     "The groups with old_logp_G_T, and with causal_ref_logp_G_T, causal_mask_G_T where they have draws and kappa > 0."
     c, out = recipe.config, list(groups)
     has_draws = [recipe.kappa > 0 and len(g.draws_G_J) > 0 for g in out]
-    if out and (c.num_iterations > 1 or any(has_draws)):
+    if out and (c.num_iterations > 1 or any(d and not len(g.old_logp_G_T) for g, d in zip(out, has_draws))):
         out = [replace(g, old_logp_G_T=logp) for g, logp in zip(out, groups_logp(old, out, c.temperature)[0])]
     drawn = [g for g, d in zip(out, has_draws) if d]
     in_contexts = contexts_logp(old, drawn, recipe.collider, c.num_draws, c.temperature)

@@ -139,7 +139,7 @@ class Packed(Layout):
     `blocks`: (query span, key spans, bool mask or None for a causal triangle), in places; `block_mask`: the same for FlexAttention. `keep_kv=True` stores every layer's keys and values in `kv` [1, Hkv, end, d].
     What `memory` holds enters as a constant, without gradient, except the nodes `anew`. Raises as `Layout`."""
 
-    def __init__(self, parents: list[int], segments: list[Tensor], device="cpu", memory: Memory = NOTHING, anew: frozenset = frozenset(), keep_kv: bool = False, dense_below: int = 512):
+    def __init__(self, parents: list[int], segments: list[Tensor], device="cpu", memory: Memory = NOTHING, anew: frozenset = frozenset(), keep_kv: bool = False, dense_below: int = 128):
         super().__init__(parents, segments, device, memory, anew)
         self.keep_kv, self.dense_below, self.before = keep_kv, dense_below, memory.kv
         self.kv: dict[int, tuple[Tensor, Tensor]] = {} if len(self.ids) else memory.kv
@@ -182,10 +182,23 @@ class Packed(Layout):
         grouped = query.shape[1] != key.shape[1]
         if grouped and query.device.type != "cpu":  # CUDA's kernels take a mask or grouped heads, not both
             key, value, grouped = *(x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value)), False
-        take = lambda x, spans: x[:, :, spans[0][0]:spans[0][1]] if len(spans) == 1 else torch.cat([x[:, :, a:b] for a, b in spans], dim=2)
-        return torch.cat([
-            scaled_dot_product_attention(query[:, :, lo - self.base:hi - self.base], take(key, spans), take(value, spans), attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
-            for (lo, hi), spans, mask in self.blocks], dim=2)
+        queries, keys, values = query.split([hi - lo for (lo, hi), _, _ in self.blocks], dim=2), self._taken(key), self._taken(value)
+        return torch.cat([scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
+                          for q, k, v, (_, _, mask) in zip(queries, keys, values, self.blocks)], dim=2)
+
+    @cached_property
+    def _taken_places(self) -> tuple[Tensor, list[int]]:
+        "The keys of all blocks one after the other, and how many each has."
+        places = [torch.cat([torch.arange(a, b) for a, b in spans]) for _, spans, _ in self.blocks]
+        return torch.cat(places).to(self.ids.device), [len(p) for p in places]
+
+    def _taken(self, x: Tensor) -> list[Tensor]:
+        "Each block's keys or values [1, H, K, d]. With gradients all in one selection: a slice's backward would fill a zero tensor of the whole each time."
+        if x.requires_grad:
+            places, sizes = self._taken_places
+            return x.index_select(2, places).split(sizes, dim=2)
+        pick = lambda spans: [x[:, :, a:b] for a, b in spans]
+        return [pick(spans)[0] if len(spans) == 1 else torch.cat(pick(spans), dim=2) for _, spans, _ in self.blocks]
 
 # %% ../nbs/01_tree.ipynb #322f1c6e
 def _dense_block(tree: Layout, siblings: list[int]) -> tuple:
