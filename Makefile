@@ -4,9 +4,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= runs/demo
 export HF_HUB_OFFLINE ?= 1
-# glibc: keep freed memory instead of handing it back and faulting it in again; an update on a CPU takes a tenth less
-export MALLOC_MMAP_MAX_ ?= 0
-export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
 .PHONY: help install demo test slow bench docs notebooks readme tiny
 

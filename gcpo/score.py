@@ -70,20 +70,22 @@ def score(policy: Policy, tree: PrefixTree, scored: Sequence[int], states: Seque
     What the policy's memory holds is not read again; with gradients it is a constant, except what is asked for and the node above it, which predicts its first token.
     Raises ValueError for an empty tree or segment, a path beyond the window, or a scored root of one token."""
     anew = frozenset({*scored, *states, *(tree.parents[k] for k in scored)} - {-1}) if torch.is_grad_enabled() else frozenset()
-    packed = Packed(tree.parents, tree.segments, device=policy.device, memory=policy.memory, anew=anew)
+    unread = set(scored) - set(states) - set(tree.parents)  # their last token predicts nothing
+    segments = [ids[:-1] if k in unread and len(ids) > 1 else ids for k, ids in enumerate(tree.segments)]
+    packed = Packed(tree.parents, segments, device=policy.device, memory=policy.memory, anew=anew)
     states_N_D = policy.read(packed)
     last = states_N_D[[packed.last(k) for k in states]]
     if not len(scored):
         return Scores([], [], last)
-    at, target = zip(*(_predictors(packed, k) for k in scored))
+    at, target = zip(*(_predictors(packed, k, tree.segments[k]) for k in scored))
     sizes = [len(a) for a in at]
     logp_K, entropy_K = read_logp(policy, states_N_D, torch.cat(at).to(policy.device), torch.cat(target).to(policy.device), temperature, entropy)
     return Scores(list(logp_K.split(sizes)), list(entropy_K.split(sizes)), last)
 
 
-def _predictors(packed: Packed, k: int) -> tuple[Tensor, Tensor]:
-    "Places whose states predict the tokens of node k, and these tokens."
-    ids, own = packed.segments[k], torch.arange(packed.start[k], packed.start[k] + packed.length[k])
+def _predictors(packed: Packed, k: int, ids: Tensor) -> tuple[Tensor, Tensor]:
+    "Places whose states predict the tokens `ids` of node k, and these tokens."
+    own = torch.arange(packed.start[k], packed.start[k] + len(ids))
     if packed.parents[k] != -1:
         return torch.cat([torch.tensor([packed.last(packed.parents[k])]), own[:-1]]), ids
     if len(ids) == 1:

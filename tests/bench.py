@@ -7,6 +7,7 @@ literal   GCPO at n=8, J=4, m=1: the engine against every sequence alone, by tra
 curves    GCPO's seconds over n, L and J, beside the operations that the estimate of `gcpo.cost` gives
 memory    peak memory of a process for one step of each; and what a packed pass keeps for its backward, over the number of sequences below one prefix
 
+TRL and this are measured in the environment as it is. A glibc that keeps freed memory (MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000) makes TRL faster by a quarter and this by little.
 The floor is the operations of a step, counted by `gcpo.cost`, over this machine's measured rate of fp32 matrix products."""
 import json
 import os
@@ -176,35 +177,44 @@ def peak(name: str) -> None:
     print("PEAK", before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def kept_bytes(compute) -> int:
+def kept_bytes(policy, compute) -> int:
     "Bytes of the tensors that autograd keeps for the backward pass of `compute()`, weights apart."
-    kept, result = {}, None
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     def pack(x):
-        if not isinstance(x, torch.nn.Parameter):
+        if x.untyped_storage().data_ptr() not in weights:
             kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = compute()
-    return sum(kept.values()) if result is not None else 0
+        held = compute()
+    return sum(kept.values()) * bool(held)
 
 
 def memory() -> None:
+    write("memory", dict(peaks=peaks(), rows=kept_over_sequences()))
+
+
+def peaks() -> dict:
     peaks = {}
     for name in ["TRL GRPO", *OURS]:
         told = subprocess.run([sys.executable, __file__, "peak", name], capture_output=True, text=True, check=True).stdout
         before, after = map(int, told.split("PEAK ")[1].split()[:2])
         peaks[name] = dict(loaded_gib=round(before / 2**30, 2), peak_gib=round(after / 2**30, 2))
         print(name, peaks[name], flush=True)
+    return peaks
+
+
+def kept_over_sequences() -> list[dict]:
+    "What a packed pass keeps over the number of completions of 16 tokens below a prompt of 256; every sequence alone, up to 8."
     policy, rows = load_policy("smollm2", lora=16, device="cpu"), []
     draw = lambda n, seed: torch.randint(1000, 9000, (n,), generator=torch.Generator().manual_seed(seed))
     for count in (1, 2, 4, 8, 16, 32):
         tree = PrefixTree()
         nodes = [tree.add(-1, draw(256, 0), draw(16, r + 1)) for r in range(count)]
-        packed = kept_bytes(lambda: score(policy, tree, nodes).logp)
-        alone = kept_bytes(lambda: score_alone(policy, tree, nodes).logp) if count <= 8 else None
+        packed = kept_bytes(policy, lambda: score(policy, tree, nodes).logp)
+        alone = kept_bytes(policy, lambda: score_alone(policy, tree, nodes).logp) if count <= 8 else None
         rows.append(dict(sequences=count, unique_tokens=tree.tokens, all_tokens=272 * count, packed_mib=round(packed / 2**20), alone_mib=alone and round(alone / 2**20)))
         print(rows[-1], flush=True)
-    write("memory", dict(peaks=peaks, rows=rows))
+    return rows
 
 
 PARTS = dict(step=step, literal=literal, curves=curves, memory=memory)

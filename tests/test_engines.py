@@ -340,3 +340,23 @@ def test_merged_weights_are_the_checkpoints():
     saved = policy.model.merge_and_unload()
     expected = dict(saved.named_parameters())
     assert set(merged) == set(expected) and all(torch.allclose(merged[name], expected[name], atol=1e-6) for name in merged)
+
+
+def test_a_training_step_is_the_same_by_every_engine():
+    "Same questions, seeds and weights: the engines that run here give the same completions, weights B and loss; with states from the samples or from a pass of their own."
+    from gcpo.policy import reference_of
+    from gcpo.train import Config, Optimiser, prepare, questions_of_step, train_step
+    same = dict(model="tiny", shots=0, lora_r=4, device="cpu", max_completion_length=8, max_draw_length=8, max_continuation_length=8, beta=0.02, train_size=20, eval_size=2)
+    runs = {"tree": {}, "generate": dict(engine="generate"), "continuous": dict(engine="continuous"), "little memory": dict(token_budget=100),
+            "samples": dict(encoding="in_context"), "pass": dict(encoding="in_context", engine="generate")}
+    steps = {}
+    for name, changes in runs.items():
+        config = Config.checked({**same, **changes})
+        recipe, policy, queries, _ = prepare(config)
+        steps[name] = train_step(policy, reference_of(policy), [queries[i] for i in questions_of_step(20, 4, 0, 0)], recipe, Optimiser(policy, config), 0)
+    for alike in (["tree", "generate", "continuous", "little memory"], ["samples", "pass"]):
+        (groups, metrics), *others = (steps[name] for name in alike)
+        for theirs, numbers in others:
+            assert [g.completions for g in theirs] == [g.completions for g in groups]
+            assert all(torch.allclose(a.weight_G, b.weight_G, atol=1e-3) for a, b in zip(groups, theirs))
+            assert abs(numbers["loss/total"] - metrics["loss/total"]) < 1e-4 and abs(numbers["kl/causal"] - metrics["kl/causal"]) < 1e-4
