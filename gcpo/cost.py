@@ -45,7 +45,7 @@ class Outline:
         "Keys and values of one token, all layers."
         return 2 * self.layers * self.kv_heads * self.head_dim * self.bytes
 
-
+# %% ../nbs/34_cost.ipynb #8fdfe6e3
 def outline(config: Config) -> Outline:
     "The outline of a run's model, from its configuration file. Raises ValueError as `locate`."
     from transformers import AutoConfig
@@ -86,7 +86,7 @@ class Pass:
     kv: int = 0
     gradient: bool = False
 
-
+# %% ../nbs/34_cost.ipynb #b3b894cf
 @dataclass(frozen=True)
 class Dry(Policy):
     "A policy that reads nothing and counts all. `log`: the passes so far; its last entry names the present stage."
@@ -125,7 +125,7 @@ class Dry(Policy):
         draw = lambda seed: torch.cat([torch.randint(0, policy.vocabulary, (T - 1,), generator=torch.Generator().manual_seed(seed)), said])
         return [Sample(draw(s), True, torch.zeros(T), torch.randn(4) if states else torch.empty(0)) for s in seeds]
 
-
+# %% ../nbs/34_cost.ipynb #4bd62ae9
 class _Flat:
     "Logits of a policy that knows nothing: log-prob zero for every token, without the memory of a row a vocabulary."
     __truediv__ = __mul__ = lambda self, other: self
@@ -229,7 +229,7 @@ class Estimate:
 def _gib(x: float) -> str:
     return f"{x / 2**30:.2f} GiB" if x < 100 * 2**30 else f"{x / 2**30:.0f} GiB"
 
-
+# %% ../nbs/34_cost.ipynb #859d1c3e
 def estimate(config: Config, sizes: Outline | None = None) -> Estimate:
     "The cost of a step of this configuration (of a model of other `sizes`, if given), before any weights are read. Raises ValueError as `rehearse`."
     import pandas as pd

@@ -271,7 +271,7 @@ class _Row:
         going = not self.ended and len(self.ids) < how.max_new_tokens
         return going or states and self.read < len(spoken(policy, torch.tensor(self.ids)))
 
-
+# %% ../nbs/03_sample.ipynb #bcef8078
 def _decode(policy: Policy, tree: PrefixTree, leaves: list[int], seeds: list[int], how: Sampling, progress: str, states: bool) -> list[Sample]:
     device = policy.device
     prefix = Packed(tree.parents, tree.segments, device=device, memory=policy.memory, keep_kv=True)

@@ -92,7 +92,7 @@ def _predictors(packed: Packed, k: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"node {k} is a root of one token: nothing comes before it, so it has no log-prob; put it under a context")
     return own[:-1], ids[1:]
 
-
+# %% ../nbs/04_score.ipynb #38bf1858
 @torch.no_grad()
 def hold(policy: Policy, tree: PrefixTree, below: Sequence[int]) -> Policy:
     "The policy with a memory of all that stands above the nodes `below`, read with its present weights: a constant for `score`."

@@ -146,27 +146,12 @@ class Packed(Layout):
 
     @cached_property
     def blocks(self) -> list[tuple]:
-        blocks = self._blocks(self.children[-1], self.dense_below)
+        blocks = _blocks(self, self.children[-1], self.dense_below)
         return [(span, keys, None if mask is None else mask.to(self.ids.device)) for span, keys, mask in blocks]
 
     @cached_property
     def block_mask(self):
         return block_mask(tree_mask(self), len(self.ids), self.end, self.ids.device)
-
-    def _blocks(self, siblings: list[int], limit: int) -> list[tuple]:
-        "Blocks of some sibling subtrees, in the order of the layout: neighbours that together stay within `limit` share one dense block."
-        blocks, run = [], []
-        for k in siblings:
-            if run and (self.held[k] or sum(self.size[j] for j in run) + self.size[k] > limit):
-                blocks, run = [*blocks, _dense_block(self, run)], []
-            if self.held[k]:
-                blocks = [*blocks, *self._blocks(self.children.get(k, []), limit)]
-            elif self.size[k] <= limit:
-                run = [*run, k]
-            else:
-                causal = None if self.parents[k] == -1 else _lower_right(self.length[k], self.offset[k] + self.length[k])
-                blocks = [*blocks, ((self.start[k], self.last(k) + 1), self.spans(k), causal), *self._blocks(self.children.get(k, []), limit)]
-        return [*blocks, _dense_block(self, run)] if run else blocks
 
     def joined(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         "Keys and values [1, Hkv, end, d] by place: what memory holds of a layer, then the new ones."
@@ -199,6 +184,22 @@ class Packed(Layout):
             return x.index_select(2, places).split(sizes, dim=2)
         pick = lambda spans: [x[:, :, a:b] for a, b in spans]
         return [pick(spans)[0] if len(spans) == 1 else torch.cat(pick(spans), dim=2) for _, spans, _ in self.blocks]
+
+# %% ../nbs/01_tree.ipynb #42bb8152
+def _blocks(tree: Layout, siblings: list[int], limit: int) -> list[tuple]:
+    "Blocks of some sibling subtrees, in the order of the layout: neighbours that together stay within `limit` share one dense block."
+    blocks, run = [], []
+    for k in siblings:
+        if run and (tree.held[k] or sum(tree.size[j] for j in run) + tree.size[k] > limit):
+            blocks, run = [*blocks, _dense_block(tree, run)], []
+        if tree.held[k]:
+            blocks = [*blocks, *_blocks(tree, tree.children.get(k, []), limit)]
+        elif tree.size[k] <= limit:
+            run = [*run, k]
+        else:
+            causal = None if tree.parents[k] == -1 else _lower_right(tree.length[k], tree.offset[k] + tree.length[k])
+            blocks = [*blocks, ((tree.start[k], tree.last(k) + 1), tree.spans(k), causal), *_blocks(tree, tree.children.get(k, []), limit)]
+    return [*blocks, _dense_block(tree, run)] if run else blocks
 
 # %% ../nbs/01_tree.ipynb #322f1c6e
 def _dense_block(tree: Layout, siblings: list[int]) -> tuple:
