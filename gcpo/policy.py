@@ -266,35 +266,32 @@ def reference_of(policy: Policy) -> Callable[[], ContextManager[Policy]]:
     return lambda: nullcontext(frozen)
 
 # %% ../nbs/02_policy.ipynb #b7e4dee9
-def _sampling_weight(layer: nn.Linear, adapter: nn.Module | None) -> Tensor:
-    "The layer's weight with its adapter added; on a CPU stored [in, out]. The weight itself if nothing is to be done."
-    weight = layer.weight.data
-    if weight.dtype == torch.float32 and adapter is not None and not adapter.disable_adapters:
-        weight = weight + sum(adapter.get_delta_weight(name) for name in adapter.active_adapters)
-    return weight.t().contiguous().t() if weight.device.type == "cpu" and weight.stride(0) != 1 else weight
+def _adapters(policy: Policy) -> list[nn.Module]:
+    "The LoRA layers that can be merged exactly enough: all in float32, switched on. Otherwise none."
+    found = [m for m in policy.model.modules() if hasattr(m, "get_delta_weight")] if policy.is_lora else []
+    mergeable = all(m.get_base_layer().weight.dtype == torch.float32 and not m.disable_adapters for m in found)
+    return found if mergeable else []
 
 
 @contextmanager
 def for_sampling(policy: Policy, limit: int = 131_072):
-    """Yields the policy with weights as sampling wants them, exactly undone at the end, and with a memory of `limit` tokens.
+    """Yields the policy with its adapter merged (exactly undone at the end) and with a memory of `limit` tokens.
 
     A policy that another `for_sampling` has yielded is yielded as it is: one memory serves all that happens inside the outer one."""
     if policy.memory is not NOTHING:
         yield policy
         return
-    adapters = {m.get_base_layer(): m for m in policy.model.modules() if hasattr(m, "get_delta_weight")} if policy.is_lora else {}
-    layers = [m for name, m in policy.causal_lm.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in name]
-    originals = [m.weight.data for m in layers]
-    full_precision = all(m.weight.dtype == torch.float32 for m in adapters)
+    adapters = _adapters(policy)
+    originals = [m.get_base_layer().weight.data for m in adapters]
     try:
         with torch.no_grad():
-            for m in layers:
-                m.weight.data = _sampling_weight(m, adapters.get(m))
-        with policy.model.disable_adapter() if adapters and full_precision else nullcontext():
+            for m, weight in zip(adapters, originals):
+                m.get_base_layer().weight.data = weight + sum(m.get_delta_weight(name) for name in m.active_adapters)
+        with policy.model.disable_adapter() if adapters else nullcontext():
             yield replace(policy, memory=Memory(limit))
     finally:
-        for m, weight in zip(layers, originals):
-            m.weight.data = weight
+        for m, weight in zip(adapters, originals):
+            m.get_base_layer().weight.data = weight
 
 # %% ../nbs/02_policy.ipynb #305960c1
 def save_policy(policy: Policy, directory: str | Path) -> None:
