@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'LONG', 'TEMPLATES', 'ORDERS', 'DRAWS', 'ENCODINGS', 'Template', 'fixed_order', 'divide_and_conquer',
-           'shorten', 'Collider', 'show', 'Contexts', 'paper', 'loo', 'fresh', 'integrate', 'continue_contexts',
-           'alone', 'in_context', 'encode', 'contexts_logp']
+           'shorten', 'Collider', 'show', 'Contexts', 'paper', 'loo', 'substitutes', 'fresh', 'integrate',
+           'continue_contexts', 'alone', 'in_context', 'encode', 'contexts_logp', 'influence', 'interaction',
+           'Dependence', 'dependence']
 
 # %% ../nbs/11_collider.ipynb #a7e3b4f0
+import math
 import random
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Callable, Sequence
+from itertools import accumulate, combinations
+from types import MappingProxyType
+from typing import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -93,13 +96,15 @@ def _end_of_box(text: str) -> int:
 # %% ../nbs/11_collider.ipynb #b239b9c8
 @dataclass(frozen=True)
 class Collider:
-    """The collider's choices. `J`: draws of y_n a group (>= 2), `m`: continuations a context (>= 1), `draw_how`, `continue_how`: sampling of y_n and of continuations,
-    `budget`: tokens that a context shows of a response, `draw`: a function such as `loo`, `order`: a function such as `divide_and_conquer`, `engine`: a function such as `sample`."""
+    """The collider's choices. `draw`: a function such as `loo`; `J`: draws of y_n a group (>= 2); `m`: continuations a context (>= 1); `how`: sampling of responses, of which integrated answers
+    and continuations differ in length only (`max_draw_length`, `max_continuation_length`, tokens); `budget`: tokens that a context shows of a response; `order`: a function such as
+    `divide_and_conquer`; `engine`: a function such as `sample`."""
     draw: Callable
     J: int
     m: int
-    draw_how: Sampling
-    continue_how: Sampling
+    how: Sampling
+    max_draw_length: int = 16
+    max_continuation_length: int = 16
     budget: int = 256
     template: Template = SHORT
     order: Callable = divide_and_conquer
@@ -137,17 +142,14 @@ class Contexts:
     def _others(self, i: int) -> list[Tensor]:
         return [self.group.shown_G[k] for k in self.group.paths_G[i]]
 
-    def all(self) -> int:
-        "(q, y_0..y_{n-1}): asks for the integrated answer; shares the path of one left-out response."
-        return self.tree.add(self._candidates([*self._others(0), self.group.shown_G[0]]), *self.integrate)
+    def all(self, instead: Mapping[int, Tensor] = MappingProxyType({})) -> int:
+        "(q, y_0..y_{n-1}), slots in `instead` filled by other responses: asks for the integrated answer. Shares the path of one left-out response."
+        shown = [instead.get(k, self.group.shown_G[k]) for k in (*self.group.paths_G[0], 0)]
+        return self.tree.add(self._candidates(shown), *self.integrate)
 
     def without(self, i: int) -> int:
         "(q, y_{-i}): asks for an integrated answer that has not seen y_i."
         return self.tree.add(self._candidates(self._others(i)), *self.integrate)
-
-    def instead(self, i: int, other: Tensor) -> int:
-        "(q, y_{-i}, another response in slot i): asks for an integrated answer."
-        return self.tree.add(self._candidates([*self._others(i), other]), *self.integrate)
 
     def context(self, i: int, draw: Tensor) -> int:
         "c_{i,j} = (q, y_{-i}, y_{n,j}): asks for response i."
@@ -159,17 +161,16 @@ def _speak(policy: Policy, tree: PrefixTree, rows: list[tuple[int, tuple]], coll
     return collider.engine(policy, tree, [node for node, _ in rows], [derive_seed(*seed, what, *address) for _, address in rows], how)
 
 
-def _draw(policy: Policy, tree: PrefixTree, rows: list[tuple[int, tuple]], collider: Collider, seed: tuple, what: str) -> list[Tensor]:
-    "One integrated answer (or substitute) for each (node, address), as contexts show it."
-    samples = _speak(policy, tree, rows, collider, collider.draw_how, seed, what)
-    return [shorten(policy.tokenizer, content(policy, s.ids), collider.draw_how.max_new_tokens)[0] for s in samples]
+def _draw(policy: Policy, tree: PrefixTree, rows: list[tuple[int, tuple]], collider: Collider, seed: tuple) -> list[Tensor]:
+    "One integrated answer for each (node, address), as generated."
+    return [s.ids for s in _speak(policy, tree, rows, collider, replace(collider.how, max_new_tokens=collider.max_draw_length), seed, "draw")]
 
 
 def paper(policy: Policy, groups: Sequence[Group], collider: Collider, seed: tuple) -> list[list[list[Tensor]]]:
     "y_{n,j} ~ pi(.|q, y_0..y_{n-1}), the same J draws for every i (Step 2 as printed). Returns [group][i][j] ids."
     tree = PrefixTree()
     rows = [(Contexts(policy, g, collider.template, tree).all(), (g.query.id, j)) for g in groups for j in range(collider.J)]
-    drawn = iter(_draw(policy, tree, rows, collider, seed, "draw"))
+    drawn = iter(_draw(policy, tree, rows, collider, seed))
     return [[[*shared]] * len(g) for g in groups for shared in [[next(drawn) for _ in range(collider.J)]]]
 
 
@@ -181,7 +182,7 @@ def loo(policy: Policy, groups: Sequence[Group], collider: Collider, seed: tuple
         contexts = Contexts(policy, g, collider.template, tree)
         rows += [(contexts.all(), (g.query.id, 0))]
         rows += [(contexts.without(i), (g.query.id, i, j)) for i in range(len(g)) for j in range(1, collider.J)]
-    return _one_and_rest(groups, collider.J, _draw(policy, tree, rows, collider, seed, "draw"))
+    return _one_and_rest(groups, collider.J, _draw(policy, tree, rows, collider, seed))
 
 
 def _one_and_rest(groups: Sequence[Group], J: int, drawn: Sequence[Tensor]) -> list[list[list[Tensor]]]:
@@ -192,28 +193,34 @@ def _one_and_rest(groups: Sequence[Group], J: int, drawn: Sequence[Tensor]) -> l
     return out
 
 # %% ../nbs/11_collider.ipynb #d98293c6
+def substitutes(policy: Policy, groups: Sequence[Group], collider: Collider, count: int, seed: tuple = (0,)) -> list[list[Tensor]]:
+    "`count` further responses y~ ~ pi(.|q) to each group's query, as contexts show them."
+    tree = PrefixTree()
+    rows = [(tree.add(-1, *g.query.segments), (g.query.id, k)) for g in groups for k in range(count)]
+    drawn = iter(_speak(policy, tree, rows, collider, collider.how, seed, "substitute"))
+    return [[shorten(policy.tokenizer, content(policy, next(drawn).ids), collider.budget)[0] for _ in range(count)] for _ in groups]
+
+
 def fresh(policy: Policy, groups: Sequence[Group], collider: Collider, seed: tuple) -> list[list[list[Tensor]]]:
     "y_{n,0} from all responses; y_{n,j}^{(i)} with slot i filled by a new response y~ ~ pi(.|q) for j >= 1. Returns [group][i][j] ids."
-    slots = [(g, i, j) for g in groups for i in range(len(g)) for j in range(1, collider.J)]
-    tree = PrefixTree()
-    prompts = [(tree.add(-1, *g.query.segments), (g.query.id, i, j)) for g, i, j in slots]
-    substitutes = iter(_draw(policy, tree, prompts, collider, seed, "fresh"))
+    others = substitutes(policy, groups, collider, max(map(len, groups)) * (collider.J - 1), seed)
     tree, rows = PrefixTree(), []
-    for g in groups:
+    for g, mine in zip(groups, map(iter, others)):
         contexts = Contexts(policy, g, collider.template, tree)
         rows += [(contexts.all(), (g.query.id, 0))]
-        rows += [(contexts.instead(i, next(substitutes)), (g.query.id, i, j)) for i in range(len(g)) for j in range(1, collider.J)]
-    return _one_and_rest(groups, collider.J, _draw(policy, tree, rows, collider, seed, "draw"))
+        rows += [(contexts.all({i: next(mine)}), (g.query.id, i, j)) for i in range(len(g)) for j in range(1, collider.J)]
+    return _one_and_rest(groups, collider.J, _draw(policy, tree, rows, collider, seed))
 
 
 DRAWS = {"paper": paper, "loo": loo, "fresh": fresh}
 
 
 def integrate(policy: Policy, groups: Sequence[Group], collider: Collider, seed: tuple = (0,)) -> list[Group]:
-    "Steps 1-2: the groups with their integrated answers `draws_G_J` ([i][0] is y_n), all groups in one batch."
-    shown = [show(policy, g, collider, seed) for g in groups]
-    draws = collider.draw(policy, shown, collider, seed) if shown else []
-    return [replace(g, draws_G_J=tuple(map(tuple, d))) for g, d in zip(shown, draws)]
+    "Steps 1-2: the groups with their integrated answers as contexts show them, `draws_G_J` ([i][0] is y_n), and `y_n` as generated; all groups in one batch."
+    groups = [show(policy, g, collider, seed) for g in groups]
+    draws = collider.draw(policy, groups, collider, seed) if groups else []
+    shown = lambda ids: shorten(policy.tokenizer, content(policy, ids), collider.max_draw_length)[0]
+    return [replace(g, y_n=d[0][0], draws_G_J=tuple(tuple(map(shown, per_i)) for per_i in d)) for g, d in zip(groups, draws)]
 
 # %% ../nbs/11_collider.ipynb #6c5ae753
 def continue_contexts(policy: Policy, groups: Sequence[Group], collider: Collider, seed: tuple = (0,)) -> list[Group]:
@@ -222,7 +229,7 @@ def continue_contexts(policy: Policy, groups: Sequence[Group], collider: Collide
     for g in groups:
         contexts = Contexts(policy, g.need("draws_G_J"), collider.template, tree)
         rows += [(contexts.context(i, draw), (g.query.id, i, j, k)) for i, draws in enumerate(g.draws_G_J) for j, draw in enumerate(draws) for k in range(collider.m)]
-    samples = _speak(policy, tree, rows, collider, collider.continue_how, seed, "continue")
+    samples = _speak(policy, tree, rows, collider, replace(collider.how, max_new_tokens=collider.max_continuation_length), seed, "continue")
     size = lambda g: len(g) * collider.J * collider.m
     return [_continued(g, samples[at:at + size(g)], collider) for g, at in zip(groups, accumulate([0, *map(size, groups)]))]
 
@@ -283,3 +290,80 @@ def contexts_logp(policy: Policy, groups: Sequence[Group], collider: Collider, d
     logp = iter(score(reader, tree, nodes, temperature=temperature).logp)
     per_group = [[split_groups([g], [next(logp) for _ in g.ids_G])[0] for _ in range(draws)] for g in groups]
     return [torch.stack(per_draw, dim=1) for per_draw in per_group]
+
+# %% ../nbs/11_collider.ipynb #04f865cc
+def _log_mean(logp_S: Tensor) -> Tensor:
+    return logp_S.logsumexp(-1) - math.log(logp_S.shape[-1])
+
+
+def _left_out(logp_S_K: Tensor) -> Tensor:
+    "log-mean-exp over substitutes [.., S, K] without each of S in turn: [.., S]."
+    S, K = logp_S_K.shape[-2:]
+    kept = logp_S_K.unsqueeze(-3).masked_fill(torch.eye(S, dtype=torch.bool, device=logp_S_K.device)[:, :, None], -math.inf)
+    return kept.flatten(-2).logsumexp(-1) - math.log((S - 1) * K)
+
+
+def _jackknife(without_S: Tensor) -> Tensor:
+    S = without_S.shape[-1]
+    return ((S - 1) * without_S.var(-1, correction=0)).sqrt()
+
+
+def influence(logp: Tensor, replaced_G_S: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(y_i | q, y_{-i}, y_n) - log p(y_i | q) of each response and its standard error over substitutes, each [G], nats.
+
+    `logp`: log pi(y_n | q, y_{0:n-1}), scalar. `replaced_G_S`: the same with substitute s in slot i. Raises ValueError for fewer than two substitutes."""
+    if replaced_G_S.ndim != 2 or replaced_G_S.shape[-1] < 2:
+        raise ValueError(f"influence: replaced_G_S has shape {tuple(replaced_G_S.shape)}; pass [responses, substitutes] with at least 2 substitutes, or there is no standard error")
+    return logp - _log_mean(replaced_G_S), _jackknife(_left_out(replaced_G_S[..., None]))
+
+
+def interaction(logp: Tensor, replaced_G_S_2: Tensor, both_G_G_S: Tensor) -> tuple[Tensor, Tensor]:
+    """influence_{ij} - influence_i - influence_j of each pair and its standard error, each [G, G], nats; zero on the diagonal.
+
+    `replaced_G_S_2`: log pi(y_n | ..) with the first or second substitute of pair s in slot i. `both_G_G_S`: with the first in slot i and the second in slot j, i < j (only these are read).
+    Raises ValueError on shapes that do not fit or fewer than two pairs."""
+    G, S = both_G_G_S.shape[0], both_G_G_S.shape[-1]
+    if both_G_G_S.shape != (G, G, S) or replaced_G_S_2.shape != (G, S, 2) or S < 2:
+        raise ValueError(f"interaction: replaced_G_S_2 {tuple(replaced_G_S_2.shape)} and both_G_G_S {tuple(both_G_G_S.shape)} must be [G, S, 2] and [G, G, S] with S >= 2 pairs of substitutes")
+    one_G, one_G_S, both = _log_mean(replaced_G_S_2.flatten(1)), _left_out(replaced_G_S_2), both_G_G_S[..., None]
+    value = one_G[:, None] + one_G[None] - _log_mean(both_G_G_S) - logp
+    error = _jackknife(one_G_S[:, None] + one_G_S[None] - _left_out(both))
+    upper = lambda x: torch.triu(x, 1) + torch.triu(x, 1).T
+    return upper(value), upper(error)
+
+# %% ../nbs/11_collider.ipynb #0af6ea30
+@dataclass(frozen=True)
+class Dependence:
+    "What a group's y_n says of its responses, nats: `influence_G` and `interaction_G_G` (empty if not asked for), each with its standard error over substitutes."
+    influence_G: Tensor
+    influence_se_G: Tensor
+    interaction_G_G: Tensor
+    interaction_se_G_G: Tensor
+
+
+@torch.no_grad()
+def dependence(policy: Policy, groups: Sequence[Group], collider: Collider, count: int = 8, seed: tuple = (0,), pairs: bool = True) -> list[Dependence]:
+    """What y_n says of each response (and pair), from `count` substitutes a group, one packed pass over all groups. Nothing is generated but the substitutes.
+
+    Groups may repeat a query with another `y_n`: contexts and substitutes are shared. Raises ValueError for groups without y_n, or fewer than 2 (with pairs: 4) substitutes."""
+    if count < 2 or pairs and (count < 4 or count % 2):
+        raise ValueError(f"count={count} substitutes: standard errors need 2 or more, and pairs of slots an even number from 4 on")
+    tree, nodes = PrefixTree(), []
+    for g, others in zip(groups, substitutes(policy, groups, collider, count, seed)):
+        contexts = Contexts(policy, g.need("y_n"), collider.template, tree)
+        filled = [{}, *({i: y} for i in range(len(g)) for y in others)]
+        if pairs:
+            filled += [{i: a, j: b} for i, j in combinations(range(len(g)), 2) for a, b in zip(others[::2], others[1::2])]
+        nodes.append([tree.add(contexts.all(slots), g.y_n) for slots in filled])
+    logp = iter(score(policy, tree, [k for per_group in nodes for k in per_group], temperature=collider.how.temperature).logp if groups else [])
+    return [_dependence(torch.stack([next(logp).sum() for _ in per_group]).double().cpu(), len(g), count) for g, per_group in zip(groups, nodes)]
+
+
+def _dependence(logp_R: Tensor, G: int, count: int) -> Dependence:
+    logp, single_G_S, rest = logp_R[0], logp_R[1:1 + G * count].reshape(G, count), logp_R[1 + G * count:]
+    value, error = influence(logp, single_G_S)
+    if not len(rest):
+        return Dependence(value, error, torch.empty(0), torch.empty(0))
+    both = rest.new_zeros(G, G, count // 2)
+    both[tuple(torch.triu_indices(G, G, 1))] = rest.reshape(-1, count // 2)
+    return Dependence(value, error, *interaction(logp, single_G_S.reshape(G, -1, 2), both))

@@ -100,7 +100,7 @@ def share_heads(queries: Sequence[Query]) -> list[Query]:
 
 # %% ../nbs/00_core.ipynb #01a30021
 _STAGE = dict(
-    reward_G="gcpo.reward.checked_rewards", draws_G_J="gcpo.collider.integrate", paths_G="gcpo.collider.show", shown_G="gcpo.collider.show", continuations_G_J_M="gcpo.collider.continue_contexts",
+    reward_G="gcpo.reward.checked_rewards", draws_G_J="gcpo.collider.integrate", y_n="gcpo.collider.integrate", influence_G="gcpo.collider.dependence", paths_G="gcpo.collider.show", shown_G="gcpo.collider.show", continuations_G_J_M="gcpo.collider.continue_contexts",
     z_G_D="gcpo.collider.encode", Z_G_J_M_D="gcpo.collider.encode", adv_G="gcpo.advantage.group_advantage",
     upsilon_G="gcpo.upsilon.upsilon", weight_G="gcpo.advantage.product", old_logp_G_T="gcpo.train.remember",
     causal_ref_logp_G_T="gcpo.train.remember", ref_logp_G_T="gcpo.train.remember",
@@ -120,10 +120,12 @@ class Group:
     truncated_G: Tensor                        # bool: stopped by max_completion_length
     reward_G: Tensor = field(default_factory=_empty)
     reward_G_F: Tensor = field(default_factory=_empty)         # each reward function's own
+    y_n: Tensor = field(default_factory=_empty)                # the integrated answer as generated
     draws_G_J: tuple[tuple[Tensor, ...], ...] = ()             # y_{n,j} as context i sees it; [i][0] is y_n
     continuations_G_J_M: tuple[tuple[tuple[Tensor, ...], ...], ...] = ()
     z_G_D: Tensor = field(default_factory=_empty)
     Z_G_J_M_D: Tensor = field(default_factory=_empty)
+    influence_G: Tensor = field(default_factory=_empty)        # what y_n says of each response, nats
     adv_G: Tensor = field(default_factory=_empty)
     upsilon_G: Tensor = field(default_factory=_empty)
     weight_G: Tensor = field(default_factory=_empty)           # B

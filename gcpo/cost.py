@@ -87,11 +87,11 @@ class Pass:
     gradient: bool = False
 
 # %% ../nbs/34_cost.ipynb #b3b894cf
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dry(Policy):
     "A policy that reads nothing and counts all. `log`: the passes so far; its last entry names the present stage."
-    sizes: Outline = None
-    log: list = None
+    sizes: Outline
+    log: list
 
     device = property(lambda self: torch.device("cpu"))
     window = property(lambda self: self.sizes.window)
@@ -241,7 +241,7 @@ def estimate(config: Config, sizes: Outline | None = None) -> Estimate:
     update = [p for p in log if p.gradient]
     share = min(1.0, config.groups_per_microbatch / config.prompts_per_step)
     trained = sizes.adapter or sizes.weights
-    merged = sizes.linear * sizes.bytes if sizes.bytes == 4 and (config.lora_r or config.device in ("", "cpu")) else 0
+    merged = sizes.linear * sizes.bytes if sizes.bytes == 4 and config.lora_r else 0
     memory = {"weights": sizes.weights * sizes.bytes + sizes.adapter * 4, "optimiser": 12 * trained, "sampling copy": merged, "keys and values": max(p.kv for p in log) * sizes.kv_bytes,
               "activations": int(share * activation_bytes(update, sizes, config))}
     return Estimate(stages, memory)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sampling', 'probabilities', 'uniforms', 'pick', 'Sample', 'has_ended', 'sample_alone', 'content', 'spoken', 'Forked',
-           'sample', 'check_fit', 'rollout', 'sample_groups', 'sample_group', 'stack_states']
+           'sample', 'check_fit', 'rollout', 'sample_groups', 'sample_group', 'stack_states', 'group_of']
 
 # %% ../nbs/03_sample.ipynb #053124ca
 from dataclasses import dataclass, field
@@ -340,3 +340,12 @@ def _group(policy: Policy, query: Query, samples: list[Sample]) -> Group:
 def stack_states(samples: Sequence[Sample]) -> Tensor:
     "The samples' states [S, D], float32 on the CPU; empty if they have none."
     return torch.stack([s.state for s in samples]).float().cpu() if len(samples[0].state) else torch.empty(0)
+
+# %% ../nbs/03_sample.ipynb #bf6f91d6
+def group_of(policy: Policy, query: Query, completions: Sequence[str]) -> Group:
+    "A group of given responses to a query. Raises ValueError for fewer than two, or an empty one."
+    if len(completions) < 2 or not all(completions):
+        raise ValueError(f"a group needs at least 2 responses that are not empty, not {list(completions)}")
+    end = torch.tensor([policy.tokenizer.eos_token_id])
+    ids = [torch.cat([torch.tensor(policy.tokenizer.encode(text, add_special_tokens=False), dtype=torch.long), end]) for text in completions]
+    return Group(query, tuple(ids), tuple(completions), torch.zeros(len(ids), dtype=torch.bool))

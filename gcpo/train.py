@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['UPSILONS', 'SIMILARITIES', 'WEIGHTINGS', 'REFERENCES', 'TREATMENTS', 'OBJECTIVES', 'DataParameters',
            'MethodParameters', 'Config', 'Clock', 'Recipe', 'make_recipe', 'NonFiniteError', 'require_finite',
-           'score_rewards', 'judge', 'weigh', 'remember', 'refer', 'group_losses', 'update', 'Optimiser', 'train_step',
-           'split_by', 'check_references', 'step_metrics', 'evaluate', 'interval', 'Run', 'restore', 'check_directory',
-           'completion_rows', 'write_completions', 'read_completions', 'join_completions', 'write_failed',
-           'check_window', 'rehearse_rewards', 'questions_of_step', 'prepare', 'train', 'line', 'finish', 'read_run',
-           'parse_arguments', 'read_parameters', 'main', 'summary']
+           'score_rewards', 'judge', 'influenced', 'weigh', 'remember', 'refer', 'group_losses', 'update', 'Optimiser',
+           'train_step', 'split_by', 'check_references', 'step_metrics', 'evaluate', 'interval', 'Run', 'restore',
+           'check_directory', 'completion_rows', 'write_completions', 'read_completions', 'join_completions',
+           'write_failed', 'check_window', 'rehearse_rewards', 'questions_of_step', 'prepare', 'train', 'line',
+           'finish', 'read_run', 'parse_arguments', 'read_parameters', 'main', 'summary']
 
 # %% ../nbs/30_train.ipynb #b8844c4b
 import argparse
@@ -33,18 +33,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .advantage import clipped, flip_rate, group_advantage, has_signal, product, sign_aware
-from .collider import DRAWS, ENCODINGS, ORDERS, TEMPLATES, Collider, contexts_logp, continue_contexts, encode, integrate
+from .collider import DRAWS, ENCODINGS, ORDERS, TEMPLATES, Collider, contexts_logp, continue_contexts, dependence, encode, integrate
 from .core import Group, MetricsLog, Parameters, derive_seed, environment, read_metrics, row_mask, share_heads, uncommitted, writable_dir, write_atomic
 from .data import Row, load_rows, to_query
 from .engine import ENGINES
-from .kl import phi_autoregressive, phi_tokenwise, reference_mean, reference_ratio, reference_sum, treat_floor, treat_mask
+from .kl import phi_autoregressive, phi_ess, phi_tokenwise, reading_metrics, reference_mean, reference_ratio, reference_sum, treat_floor, treat_mask
 from .loss import dr_grpo_loss, gcpo_loss, grpo_loss, gvpo_loss
 from .policy import Policy, for_sampling, load_policy, reference_of, save_policy
 from .reward import load_reward, name_of, reward_table
 from .sample import Sampling, rollout, sample_groups
 from .score import groups_logp
 from .tree import NOTHING, Memory, check_flex
-from .upsilon import batch_means, centred, centroid, constant, cosine, euclidean, gaussian, ones, shuffled, spread, upsilon
+from .upsilon import batch_means, by_influence, centred, centroid, constant, cosine, euclidean, gaussian, ones, shuffled, spread, upsilon
 
 # %% ../nbs/30_train.ipynb #3f3e8e7f
 class DataParameters(Parameters):
@@ -75,7 +75,8 @@ class MethodParameters(DataParameters):
     "The method: collider and budgets, Upsilon, weighting, both KL terms, objective."
     objective: Literal["gcpo", "grpo", "dr_grpo", "gvpo"] = Field("gcpo", description="the loss; all but gcpo ignore what follows up to kappa")
     alpha: float = Field(2.0, ge=0, description="scale of Upsilon (Eq. 11)")
-    weight: Literal["projected", "centroid", "shuffled", "constant", "ones"] = Field("projected", description="Upsilon, or a control: centroid, shuffled, constant (alpha), ones (GRPO)")
+    weight: Literal["projected", "influence", "centroid", "shuffled", "constant", "ones"] = Field("projected", description="Upsilon, influence (by Bayes, no continuations), or a control: centroid, shuffled, constant (alpha), ones (GRPO)")
+    num_substitutes: int = Field(4, ge=2, description="responses drawn anew to measure influence against")
     similarity: Literal["gaussian", "euclidean", "cosine"] = Field("gaussian", description="how states are compared; the median response scores 1/2 (gaussian, euclidean)")
     weighting: Literal["product", "clipped", "sign_aware"] = Field("product", description="how A and Upsilon give B")
     collider: Literal["loo", "paper", "fresh"] = Field("loo", description="how integrated answers are drawn for Phi")
@@ -166,7 +167,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Recipe:
-    "A configuration in functions. `weigh(z, Z, seed)` gives Upsilon; `project(logp_G_J_T, logp_q_G_T)` the causal reference."
+    "A configuration in functions. `weigh(group, seed)` gives Upsilon; `project(logp_G_J_T, logp_q_G_T)` the causal reference."
     config: Config
     how: Sampling
     collider: Collider
@@ -178,30 +179,32 @@ class Recipe:
     objective: Callable
     needs_continuations: bool
     needs_states: bool
+    needs_influence: bool
     kappa: float
     clock: Callable = Clock
 
     @property
     def needs_draws(self) -> bool:
-        return self.needs_continuations or self.kappa > 0
+        return self.needs_continuations or self.needs_influence or self.kappa > 0
 
 # %% ../nbs/30_train.ipynb #ce236d03
 def make_recipe(config: Config) -> Recipe:
     "Resolve every word of a configuration. Raises ValueError for an unknown reward function."
     c, causal = config, config.objective == "gcpo"
     how = Sampling(c.max_completion_length, c.temperature, c.top_k, c.top_p, c.min_p, tuple(c.stop))
-    needs_states = causal and c.weight not in ("ones", "constant")
+    needs_states = causal and c.weight in ("projected", "shuffled", "centroid")
     engine = partial(ENGINES[c.engine], token_budget=c.token_budget, **({"states": True} if needs_states and c.encoding == "in_context" and c.engine == "tree" else {}))
-    collider = Collider(DRAWS[c.collider], c.num_draws, c.num_continuations, replace(how, max_new_tokens=c.max_draw_length),
-                        replace(how, max_new_tokens=c.max_continuation_length), c.context_budget, TEMPLATES[c.template], ORDERS[c.context_order], engine)
+    collider = Collider(DRAWS[c.collider], c.num_draws, c.num_continuations, how, c.max_draw_length, c.max_continuation_length, c.context_budget,
+                        TEMPLATES[c.template], ORDERS[c.context_order], engine)
     own_draw = c.collider == "paper"
     settings = dict(alpha=c.alpha, similarity=SIMILARITIES[c.similarity], own_draw=own_draw)
-    weigh = {"shuffled": lambda z, Z, seed: shuffled(z, Z, seed=seed, **settings)}.get(c.weight, lambda z, Z, seed: UPSILONS[c.weight](z, Z, **settings))
+    weigh = {"shuffled": lambda g, seed: shuffled(g.z_G_D, g.Z_G_J_M_D, seed=seed, **settings), "influence": lambda g, seed: by_influence(g.influence_G, c.alpha)}.get(
+        c.weight, lambda g, seed: UPSILONS[c.weight](g.z_G_D, g.Z_G_J_M_D, **settings))
     project = partial(REFERENCES[c.reference], floor=c.floor)
     if c.reference != "sum":
         project = partial(project, phi=phi_autoregressive if c.autoregressive else phi_tokenwise, own_draw=own_draw)
     return Recipe(c, how, collider, engine, tuple(map(load_reward, c.rewards)), weigh, project, TREATMENTS[c.nonpositive], OBJECTIVES[c.objective],
-                  causal and c.weight in ("projected", "shuffled"), needs_states, c.kappa if causal else 0.0)
+                  causal and c.weight in ("projected", "shuffled"), needs_states, causal and c.weight == "influence", c.kappa if causal else 0.0)
 
 # %% ../nbs/30_train.ipynb #535876d5
 def _old(c: Config, group: Group, logp_G_T: Tensor) -> Tensor:
@@ -274,6 +277,12 @@ def _as_trl(group: Group, text: str) -> str | list:
     return text if isinstance(group.query.prompt, str) else [{"role": "assistant", "content": text}]
 
 # %% ../nbs/30_train.ipynb #35b0c42e
+def influenced(old: Policy, groups: Sequence[Group], recipe: Recipe, step_seed: tuple) -> list[Group]:
+    "The groups with influence_G: what y_n says of each response, by Bayes."
+    found = dependence(old, groups, recipe.collider, recipe.config.num_substitutes, step_seed, pairs=False)
+    return [replace(g, influence_G=d.influence_G.float()) for g, d in zip(groups, found)]
+
+
 def weigh(groups: Sequence[Group], recipe: Recipe, step_seed: tuple) -> list[Group]:
     "Step 5: the groups with upsilon_G and weight_G = B. States are centred by the step's other prompts if the configuration says so."
     if not groups:
@@ -282,9 +291,9 @@ def weigh(groups: Sequence[Group], recipe: Recipe, step_seed: tuple) -> list[Gro
     means = batch_means([g.z_G_D for g in groups]) if c.centre and recipe.needs_states and len(groups) > 1 else [None] * len(groups)
     out = []
     for g, mean_D in zip(groups, means):
-        shift = (lambda x: centred(x, mean_D) if len(x) else x) if mean_D is not None else (lambda x: x)
-        z_G_D = g.z_G_D if len(g.z_G_D) else torch.zeros(len(g), 1)
-        upsilon_G = recipe.weigh(shift(z_G_D), shift(g.Z_G_J_M_D), derive_seed(*step_seed, "shuffle", g.query.id))
+        shift = lambda x: centred(x, mean_D) if mean_D is not None and len(x) else x
+        seen = replace(g, z_G_D=shift(g.z_G_D) if len(g.z_G_D) else torch.zeros(len(g), 1), Z_G_J_M_D=shift(g.Z_G_J_M_D))
+        upsilon_G = recipe.weigh(seen, derive_seed(*step_seed, "shuffle", g.query.id))
         out.append(replace(g, upsilon_G=upsilon_G, weight_G=WEIGHTINGS[c.weighting](g.adv_G, upsilon_G)))
     return out
 
@@ -399,6 +408,8 @@ def train_step(policy: Policy, reference: Callable, queries: Sequence, recipe: R
             with clock("continue"): live = continue_contexts(old, live, recipe.collider, seed)                                          # O_{i,j,k} ~ pi_old(.|c_{i,j})
         if recipe.needs_states:
             with clock("encode"):   live = encode(old, live, recipe.collider, ENCODINGS[c.encoding])                                    # z_i, Z_{i,j,k}
+        if recipe.needs_influence:
+            with clock("influence"): live = influenced(old, live, recipe, seed)                                                         # log p(y_i|y_n, ..) / p(y_i|..)
         if c.objective == "gcpo":   live = weigh(live, recipe, seed)                                                                    # Upsilon_i, B_i (Eq. 11)
         with clock("remember"):     moving = remember(old, live + (dull if c.beta > 0 else []), recipe, step)                           # log pi_old, pi'_ref (Eq. 12)
     with clock("reference"):        moving = refer(reference, moving, recipe)                                                           # log pi_ref
@@ -408,7 +419,7 @@ def train_step(policy: Policy, reference: Callable, queries: Sequence, recipe: R
             rates = {"optim/learning_rate": optimiser.learning_rate, **update(policy, moving, len(groups), recipe, optimiser, step, old.memory if k == 0 else NOTHING)}
     done = {g.query.id: g for g in [*dull, *live, *moving]}
     groups = [done[g.query.id] for g in groups]
-    return groups, {**step_metrics(policy, groups, live), **rates, **clock.seconds}
+    return groups, {**step_metrics(policy, groups, live, recipe), **rates, **clock.seconds}
 
 # %% ../nbs/30_train.ipynb #76912e26
 def split_by(test: Callable, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
@@ -423,7 +434,7 @@ def check_references(groups: Sequence[Group], step: int) -> None:
             require_finite(quantity, getattr(g, quantity), step, groups, g)
 
 # %% ../nbs/30_train.ipynb #26fd11bf
-def step_metrics(policy: Policy, groups: Sequence[Group], live: Sequence[Group]) -> dict[str, float]:
+def step_metrics(policy: Policy, groups: Sequence[Group], live: Sequence[Group], recipe: Recipe) -> dict[str, float]:
     "Rewards, group kinds, lengths, Upsilon and context metrics of a step's groups (`live`: those that went through the causal stages)."
     reward_N, mean = torch.cat([g.reward_G for g in groups]), lambda x: float(torch.as_tensor(x, dtype=torch.float32).mean()) if len(x) else 0.0
     length_N = torch.tensor([len(ids) for g in groups for ids in g.ids_G], dtype=torch.float32)
@@ -436,7 +447,18 @@ def step_metrics(policy: Policy, groups: Sequence[Group], live: Sequence[Group])
         "groups/mixed": 1 - len(equal) / len(groups), "length/mean": float(length_N.mean()), "length/max": float(length_N.max()),
         "length/truncated": mean(torch.cat([g.truncated_G for g in groups])), "tokens/rollout": float(length_N.sum())}
     metrics["groups/all_wrong"] = max(0.0, 1 - metrics["groups/mixed"] - metrics["groups/all_right"])
+    referred = [_reading(g, recipe.config) for g in groups if len(g.context_logp_G_J_T)]
+    metrics.update({f"causal/{name}": mean([told[name] for told in referred]) for name in (referred or [{}])[0]})
     return {**metrics, **_causal_metrics(policy, live)} if any(len(g.draws_G_J) or len(g.z_G_D) for g in live) else metrics
+
+
+def _reading(g: Group, c: Config) -> dict[str, float]:
+    "What the causal reference does to a group's tokens at the first update; `reads`: by how much x_i makes them likelier than q; `ess`: draws that would speak in an autoregressive Phi."
+    mask_G_T, at_x_G_T = row_mask(g.ids_G).to(g.floored_G_T.device), g.context_logp_G_J_T[:, 0]
+    told = reading_metrics(at_x_G_T if c.policy_side == "x" else g.old_logp_G_T, g.causal_ref_logp_G_T, g.floored_G_T, mask_G_T, c.causal_clamp)
+    among = g.context_logp_G_J_T if c.collider == "paper" else g.context_logp_G_J_T[:, 1:]
+    return {name: told[name] for name in ("floored", "above_one", "raised", "pull_size", "pull_max")} | {
+        "reads": float((at_x_G_T - g.old_logp_G_T)[mask_G_T].mean()), "ess": float(phi_ess(among.clamp(max=0))[mask_G_T].mean())}
 
 
 def _causal_metrics(policy: Policy, live: Sequence[Group]) -> dict[str, float]:
@@ -446,8 +468,8 @@ def _causal_metrics(policy: Policy, live: Sequence[Group]) -> dict[str, float]:
     return {
         "causal/upsilon_mean": mean([g.upsilon_G.mean() for g in live]), "causal/upsilon_std": mean([spread(g.upsilon_G) for g in live]),
         "causal/flip_rate": mean([flip_rate(g.adv_G, g.weight_G) for g in live]), "causal/groups": float(len(live)), "causal/uncentred": float(len(live) == 1),
+        "causal/influence_mean": mean([g.influence_G.mean() for g in live if len(g.influence_G)]),
         "causal/shortened": mean([g.shortened_G.float().mean() for g in live if len(g.shortened_G)]),
-        "causal/floored": mean([g.floored_G_T.sum() / row_mask(g.ids_G).sum() for g in live if len(g.floored_G_T)]),
         "tokens/draws": float(sum(map(len, draws))), "tokens/continuations": float(sum(map(len, continuations)))}
 
 # %% ../nbs/30_train.ipynb #da6ed33e

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['projected', 'cosine', 'euclidean', 'gaussian', 'upsilon', 'spread', 'ones', 'constant', 'centroid', 'shuffled',
-           'batch_means', 'centred']
+           'by_influence', 'batch_means', 'centred']
 
 # %% ../nbs/12_upsilon.ipynb #a5812aa5
 import torch
@@ -15,7 +15,7 @@ from .core import upcast
 def _finite(x, name):
     "`x` widened; raises ValueError naming the first response of axis 0 that holds NaN or infinity."
     x = upcast(x)
-    bad_G = ~x.flatten(1).isfinite().all(1)
+    bad_G = ~x.reshape(len(x), -1).isfinite().all(1)
     if bad_G.any():
         raise ValueError(f"{name}: response {int(bad_G.nonzero()[0])} holds a NaN or infinite state; "
                          "drop the response, or find the layer that overflowed (float16 does so early, bfloat16 hardly)")
@@ -156,6 +156,11 @@ def shuffled(z_G_D, Z_G_J_M_D, alpha=2.0, similarity=cosine, own_draw=True, seed
     upsilon_G = upsilon(z_G_D, Z_G_J_M_D, alpha, similarity, own_draw)
     order_G = torch.randperm(len(upsilon_G), generator=torch.Generator().manual_seed(seed))
     return upsilon_G[order_G.to(upsilon_G.device)]
+
+# %% ../nbs/12_upsilon.ipynb #130eba61
+def by_influence(influence_G, alpha=2.0):
+    "Υ_i = α·sigmoid(influence_i), shape (G,); `influence_G` in nats, from `gcpo.collider.dependence`. Raises ValueError on a bad alpha or an influence that is not finite."
+    return _weight(alpha) * _finite(influence_G, "influence_G").sigmoid()
 
 # %% ../nbs/12_upsilon.ipynb #897f4130
 def batch_means(z_P_G_D):
