@@ -3,9 +3,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= runs/demo
+TOURS = $(filter-out nbs/tours/tiny_warm_start.ipynb,$(wildcard nbs/tours/*.ipynb))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo test slow bench docs notebooks readme tiny
+.PHONY: help install demo test slow bench docs notebooks readme record tiny
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,13 +37,17 @@ slow: install ## the slow tests too
 bench: install ## measure, an hour on two cores: PART=step (here and TRL), literal, curves, memory; writes data/bench/
 	$(BIN)/python tests/bench.py $(PART) $(ROUNDS)
 
-notebooks: install ## run all notebooks, export the package, rebuild the README
-	for nb in nbs/[0-4]*.ipynb; do echo $$nb; (cd nbs && ../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace $$(basename $$nb)) || exit 1; done
+notebooks: install ## run all notebooks and tours, export the package, rebuild the README
+	for nb in nbs/[0-4]*.ipynb $(TOURS); do echo $$nb; (cd $$(dirname $$nb) && $(CURDIR)/$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace $$(basename $$nb)) || exit 1; done
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
 	$(MAKE) readme
 
 readme: install ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-input --output-dir . --output README --NbConvertApp.output_files_dir=nbs/images nbs/index.ipynb
+
+record: install ## make anew, with SmolLM2, what the tours read from data/ (half an hour); `make notebooks` then shows it
+	mkdir -p runs/record
+	for nb in $(TOURS); do $(BIN)/papermill $$nb runs/record/$$(basename $$nb) -p recompute True --cwd nbs/tours || exit 1; done
 
 tiny: install ## rebuild the checkpoint in data/tiny (20 minutes)
 	cd nbs/tours && ../../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace tiny_warm_start.ipynb
