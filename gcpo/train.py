@@ -568,15 +568,17 @@ def check_directory(config: Config) -> Path:
     return directory
 
 # %% ../nbs/30_train.ipynb #58d5e636
-def completion_rows(groups: Sequence[Group], recipe: Recipe, step: int) -> list[dict]:
-    "One row a completion: TRL's columns (step, prompt, completion, each reward function, advantage) and reward, upsilon, weight, y_n."
+def completion_rows(policy: Policy, groups: Sequence[Group], recipe: Recipe, step: int) -> list[dict]:
+    "One row a completion: TRL's columns (step, prompt, completion, each reward function, advantage) and ours, among them upsilon, influence (NaN unless measured), weight, and the group's y_n."
     rows = []
     for g in groups:
         prompt = g.query.prompt if isinstance(g.query.prompt, str) else json.dumps(g.query.prompt)
+        influence_G = g.influence_G if len(g.influence_G) else torch.full((len(g),), math.nan)
+        y_n = policy.tokenizer.decode(g.y_n.long(), skip_special_tokens=True)
         for i, text in enumerate(g.completions):
             each = {name_of(f): float(r) for f, r in zip(recipe.rewards, g.reward_G_F[i])}
             rows.append(dict(step=step, prompt=prompt, completion=text, **each, advantage=float(g.adv_G[i]), reward=float(g.reward_G[i]),
-                             upsilon=float(g.upsilon_G[i]), weight=float(g.weight_G[i]), truncated=bool(g.truncated_G[i]), tokens=len(g.ids_G[i]), query=g.query.id, response=i))
+                             upsilon=float(g.upsilon_G[i]), influence=float(influence_G[i]), weight=float(g.weight_G[i]), y_n=y_n, truncated=bool(g.truncated_G[i]), tokens=len(g.ids_G[i]), query=g.query.id, response=i))
     return rows
 
 
@@ -698,7 +700,7 @@ def train(config: Config) -> Path:
             held = evaluate(policy, held_out, recipe) if step % config.eval_steps == 0 else {}
             batch = [queries[i] for i in questions_of_step(len(queries), config.prompts_per_step, step, config.seed)]
             groups, metrics = train_step(policy, reference, batch, recipe, optimiser, step)
-            write_completions(run.dir, completion_rows(groups, recipe, step), step)
+            write_completions(run.dir, completion_rows(policy, groups, recipe, step), step)
             log.append(step, **metrics, **held)
             bar.set_postfix_str(told := line(metrics, held))
             if held or step % config.logging_steps == 0:
