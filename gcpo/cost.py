@@ -20,7 +20,7 @@ from .data import load_rows, to_query
 from .policy import Policy, locate
 from .sample import Sample, Sampling, check_fit
 from .score import CHUNK_BYTES
-from .train import Config, make_recipe, parse_arguments, questions_of_step, train_step
+from .train import Config, make_recipe, parse_arguments, questions_of_step, search_settings, train_step
 from .tree import Packed
 
 # %% ../nbs/34_cost.ipynb #b24d05cc
@@ -169,7 +169,9 @@ def rehearse(config: Config, sizes: Outline) -> list[Pass]:
     queries = share_heads([to_query(r, tokenizer) for r in rows])
     log: list[Pass] = [Pass("")]
     dry = Dry(nn.Module(), tokenizer, config.model, sizes=sizes, log=log)
-    recipe = make_recipe(config.model_copy(update=dict(reward_weights=[], rewards=["first_line_match"], num_iterations=1)))
+    if config.objective == "rest_mcts":
+        raise ValueError(f"objective='rest_mcts' has rounds of search and no step to estimate; its budget is {search_settings(config).budget} generated tokens")
+    recipe = make_recipe(config.model_copy(update=dict(reward_weights=[], rewards=["first_line_match"], random_reward=False, num_iterations=1)))
     recipe = replace(recipe, rewards=(_differing,), engine=dry.sample, collider=replace(recipe.collider, engine=dry.sample), clock=_stages(log))
     with torch.random.fork_rng(devices=[]):
         train_step(dry, lambda: nullcontext(dry), [queries[i] for i in questions_of_step(len(queries), config.prompts_per_step, 0, config.seed)], recipe, _Still(), 0)
