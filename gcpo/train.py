@@ -52,8 +52,8 @@ from .upsilon import batch_means, by_influence, centred, centroid, constant, cos
 METHODS: dict[str, dict] = {
     "gcpo": {},
     "gcpo_paper": dict(collider="paper", similarity="cosine", reference="sum"),          # Eq. 11-13 as printed
-    "gcpo_no_weighting": dict(weight="ones"),                                            # Table 2, "w/o Adv. Weighting"
-    "gcpo_no_kl": dict(kappa=0.0),                                                       # Table 2, "w/o KL"
+    "gcpo_no_weighting": dict(weight="ones"),                                            # ablation "w/o Adv. Weighting"
+    "gcpo_no_kl": dict(kappa=0.0),                                                       # ablation "w/o KL"
     "gcpo_influence": dict(weight="influence"),                                          # ours: by Bayes
     "gcpo_centroid": dict(weight="centroid"),                                            # control: the group without its collider
     "gcpo_shuffled": dict(weight="shuffled"),                                            # control: the weights without their match
