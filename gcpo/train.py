@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'UPSILONS', 'SIMILARITIES', 'WEIGHTINGS', 'REFERENCES', 'TREATMENTS', 'OBJECTIVES', 'DataParameters',
-           'MethodParameters', 'Config', 'Clock', 'Recipe', 'make_recipe', 'NonFiniteError', 'require_finite',
-           'score_rewards', 'judge', 'influenced', 'weigh', 'remember', 'refer', 'group_losses', 'update', 'Optimiser',
-           'train_step', 'split_by', 'check_references', 'step_metrics', 'evaluate', 'interval', 'Run', 'restore',
-           'check_directory', 'completion_rows', 'write_completions', 'read_completions', 'join_completions',
-           'write_failed', 'check_window', 'rehearse_rewards', 'questions_of_step', 'prepare', 'train', 'line',
-           'finish', 'search_settings', 'train_by_search', 'read_run', 'parse_arguments', 'read_parameters', 'main',
-           'summary']
+           'MethodParameters', 'SearchParameters', 'RunParameters', 'Config', 'Clock', 'Recipe', 'make_recipe',
+           'NonFiniteError', 'require_finite', 'score_rewards', 'judge', 'influenced', 'weigh', 'remember', 'refer',
+           'group_losses', 'update', 'Optimiser', 'train_step', 'split_by', 'check_references', 'step_metrics',
+           'evaluate', 'interval', 'Run', 'restore', 'check_directory', 'completion_rows', 'write_completions',
+           'read_completions', 'join_completions', 'write_failed', 'check_window', 'rehearse_rewards',
+           'questions_of_step', 'prepare', 'train', 'line', 'finish', 'search_settings', 'train_by_search', 'read_run',
+           'parse_arguments', 'read_parameters', 'main', 'summary']
 
 # %% ../nbs/30_train.ipynb #b8844c4b
 import argparse
@@ -119,6 +119,10 @@ class MethodParameters(DataParameters):
     policy_side: Literal["x", "q"] = Field("x", description="the policy in the causal term: given x_i as printed, or given q")
     context_gradient: bool = Field(True, description="policy_side x: gradient through the reading of x_i too; False is cheaper, and biased")
     kl_without_signal: bool = Field(False, description="causal KL also for groups whose rewards are all equal")
+
+# %% ../nbs/30_train.ipynb #5b6ddea7
+class SearchParameters(MethodParameters):
+    "Searches over steps of a solution; the other methods ignore them."
     search_questions: int = Field(200, ge=1, description="rest_mcts: questions searched in a round")
     search_step_length: int = Field(64, ge=1, description="rest_mcts: most tokens of a step of a solution")
     search_separator: str = Field("\n\n", description="rest_mcts: string that ends a step; empty: none")
@@ -127,8 +131,8 @@ class MethodParameters(DataParameters):
     search_temperature: float = Field(0.7, gt=0, description="rest_mcts: temperature of steps")
 
 # %% ../nbs/30_train.ipynb #26e1764f
-class Config(MethodParameters):
-    "All parameters of a training run. `Config.checked(dict)` checks names, types and bounds, and what must hold together."
+class RunParameters(SearchParameters):
+    "Optimisation, devices, and the record."
     beta: float = Field(0.0, ge=0, description="weight of the KL to the reference policy (gvpo: its reward scale, 0.1 in its paper)")
     epsilon: float = Field(0.2, ge=0, description="clip range of the importance ratio")
     epsilon_high: float | None = Field(None, ge=0, description="upper clip range; none: epsilon")
@@ -153,6 +157,10 @@ class Config(MethodParameters):
     save_steps: int = Field(10, ge=1, description="checkpoint after every so many steps")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
     seed: int = Field(0, ge=0, description="of everything")
+
+# %% ../nbs/30_train.ipynb #3ccca4e9
+class Config(RunParameters):
+    "All parameters of a training run. `Config.checked(dict)` checks names, types and bounds, and what must hold together."
     @classmethod
     def from_namespace(cls, names: dict) -> "Config":
         "From the variables of a papermill notebook: the parameters cell, and papermill's own cell with what the user injected."
