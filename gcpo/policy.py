@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATTENTIONS', 'SMOLLM2_INSTALL', 'tree_attention', 'flex_tree_attention', 'register_tree_attention', 'Policy',
-           'build_tiny', 'cache_dir', 'locate', 'load_policy', 'probe', 'reference_of', 'for_sampling', 'save_policy']
+           'build_tiny', 'cache_dir', 'locate', 'load_policy', 'probe', 'reference_of', 'for_sampling', 'save_policy',
+           'save_weights', 'load_weights']
 
 # %% ../nbs/02_policy.ipynb #cfe117fd
 import copy
@@ -298,3 +299,18 @@ def save_policy(policy: Policy, directory: str | Path) -> None:
     "Write adapter (LoRA) or whole model, and tokenizer, as safetensors that peft and transformers load by themselves."
     policy.model.save_pretrained(directory)
     policy.tokenizer.save_pretrained(directory)
+
+
+def save_weights(policy: Policy, path: str | Path) -> None:
+    "Write the weights that train as one safetensors file: a checkpoint's part."
+    from safetensors.torch import save_file
+    save_file({name: p.detach().contiguous().cpu() for name, p in policy.model.named_parameters() if p.requires_grad}, path)
+
+
+@torch.no_grad()
+def load_weights(policy: Policy, path: str | Path) -> None:
+    "Put back, in place, what `save_weights` has written."
+    from safetensors.torch import load_file
+    own = dict(policy.model.named_parameters())
+    for name, weight in load_file(path).items():
+        own[name].copy_(weight)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .core import MetricsLog, PrefixTree, Query, derive_seed, read_metrics, writable_dir, write_atomic
-from .policy import Policy, for_sampling
-from .reward import checked_rewards
+from .policy import Policy, for_sampling, load_weights, save_weights
+from .reward import as_completion, by_name, checked_rewards
 from .sample import Sampling, content, has_ended, sample, spoken, stack_states
 from .score import score
 
@@ -349,10 +349,8 @@ def propose(policy: Policy, value: Callable, asks: Sequence[Ask], config: Search
 def verify(verifier: Callable, policy: Policy, ends: Sequence[tuple[Query, list[int]]], least: float) -> list[bool | None]:
     "Whether each solution (query, ids) earns the reward `least` at least; None where the verifier does not score. `verifier`: a reward function as TRL's."
     texts = [policy.tokenizer.decode(content(policy, torch.tensor(ids)), skip_special_tokens=True) for _, ids in ends]
-    completions = [t if isinstance(q.prompt, str) else [{"role": "assistant", "content": t}] for (q, _), t in zip(ends, texts)]
-    names = {name for q, _ in ends for name in q.columns}
-    columns = {name: [q.columns.get(name) for q, _ in ends] for name in names}
-    reward_N = checked_rewards([verifier], [q.prompt for q, _ in ends], completions, {**columns, "completion_ids": [ids for _, ids in ends]})
+    completions = [as_completion(q.prompt, t) for (q, _), t in zip(ends, texts)]
+    reward_N = checked_rewards([verifier], [q.prompt for q, _ in ends], completions, {**by_name([q.columns for q, _ in ends]), "completion_ids": [ids for _, ids in ends]})
     return [None if math.isnan(r) else r >= least for r in reward_N.tolist()]
 
 # %% ../nbs/23_search.ipynb #5a952240
@@ -609,10 +607,9 @@ def search_metrics(trees: Sequence[SearchTree]) -> dict[str, float]:
 # %% ../nbs/23_search.ipynb #4b02a0af
 def save_round(directory: Path, policy: Policy, value: ValueHead, optimiser: torch.optim.Optimizer) -> None:
     "Write weights that train, head and optimiser to a new directory, whole or not at all."
-    from safetensors.torch import save_file
     part = directory.with_name("part-" + directory.name)
     part.mkdir(parents=True, exist_ok=True)
-    save_file({name: p.detach().contiguous().cpu() for name, p in policy.model.named_parameters() if p.requires_grad}, part / "weights.safetensors")
+    save_weights(policy, part / "weights.safetensors")
     save_value(value, part / "value.safetensors")
     torch.save(optimiser.state_dict(), part / "optimiser.pt")
     os.rename(part, directory)
@@ -620,11 +617,7 @@ def save_round(directory: Path, policy: Policy, value: ValueHead, optimiser: tor
 
 def load_round(directory: Path, policy: Policy, value: ValueHead, optimiser: torch.optim.Optimizer) -> None:
     "Put back, in place, what `save_round` has written."
-    from safetensors.torch import load_file
-    own = dict(policy.model.named_parameters())
-    with torch.no_grad():
-        for name, weight in load_file(directory / "weights.safetensors").items():
-            own[name].copy_(weight)
+    load_weights(policy, directory / "weights.safetensors")
     value.load_state_dict(load_value(directory / "value.safetensors").state_dict())
     optimiser.load_state_dict(torch.load(directory / "optimiser.pt", weights_only=True, map_location="cpu"))
 

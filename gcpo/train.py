@@ -40,8 +40,8 @@ from .data import Row, load_rows, to_query
 from .engine import ENGINES
 from .kl import phi_autoregressive, phi_ess, phi_tokenwise, reading_metrics, reference_mean, reference_ratio, reference_sum, treat_floor, treat_mask
 from .loss import dr_grpo_loss, gcpo_loss, grpo_loss, gvpo_loss
-from .policy import Policy, for_sampling, load_policy, reference_of, save_policy
-from .reward import load_reward, name_of, random_reward, reward_table
+from .policy import Policy, for_sampling, load_policy, load_weights, reference_of, save_policy, save_weights
+from .reward import as_completion, by_name, load_reward, name_of, random_reward, reward_table
 from .sample import Sampling, rollout, sample_groups
 from .score import groups_logp
 from .search import SearchConfig, SelfTraining, Steps, ValueHead, load_round, make_optimiser, self_train
@@ -185,6 +185,8 @@ class Config(RunParameters):
             raise ValueError("objective='gvpo' with beta=0 has no gradient: beta is its reward scale; its paper uses 0.1")
         if self.objective == "rest_mcts" and (len(self.rewards) > 1 or self.random_reward):
             raise ValueError(f"objective='rest_mcts' needs one verifier, and rewards={self.rewards}, random_reward={self.random_reward}; give one reward function and no random_reward")
+        if self.objective == "rest_mcts" and self.bf16:
+            raise ValueError("objective='rest_mcts' does not compute under autocast: use bf16=False, or dtype='bfloat16' for the weights")
         if self.autoregressive and self.reference == "sum":
             raise ValueError("autoregressive=True has no meaning for reference='sum', whose mass is not one; use mean or ratio")
         if self.centre and self.prompts_per_step < 2 and self.objective == "gcpo" and self.weight in ("projected", "centroid", "shuffled"):
@@ -309,9 +311,8 @@ def require_finite(quantity: str, value: Tensor, step: int, groups: Sequence[Gro
 def score_rewards(groups: Sequence[Group], recipe: Recipe) -> list[Group]:
     "The groups with reward_G: the weighted sum over the reward functions, NaN where none scores, and each function's own reward."
     n = [len(g) for g in groups]
-    repeat = lambda name: [g.query.columns.get(name) for g in groups for _ in g.ids_G]
-    columns = {name: repeat(name) for name in {k for g in groups for k in g.query.columns}}
-    completions = [_as_trl(g, text) for g in groups for text in g.completions]
+    columns = by_name([g.query.columns for g in groups for _ in g.ids_G])
+    completions = [as_completion(g.query.prompt, text) for g in groups for text in g.completions]
     ids = [x.tolist() for g in groups for x in g.ids_G]
     table_N_F = reward_table(recipe.rewards, [g.query.prompt for g in groups for _ in g.ids_G], completions, {**columns, "completion_ids": ids})
     given = recipe.config.reward_weights
@@ -325,10 +326,6 @@ def judge(groups: Sequence[Group], recipe: Recipe) -> list[Group]:
     advantage = partial(group_advantage, scale=recipe.config.scale_rewards and recipe.config.objective != "dr_grpo")
     judged = [(g, advantage(g.reward_G)) for g in score_rewards(groups, recipe)]
     return [replace(g, adv_G=adv_G, weight_G=adv_G, upsilon_G=torch.ones(len(g))) for g, adv_G in judged]
-
-
-def _as_trl(group: Group, text: str) -> str | list:
-    return text if isinstance(group.query.prompt, str) else [{"role": "assistant", "content": text}]
 
 # %% ../nbs/30_train.ipynb #35b0c42e
 def influenced(old: Policy, groups: Sequence[Group], recipe: Recipe, step_seed: tuple) -> list[Group]:
@@ -473,7 +470,7 @@ def train_step(policy: Policy, reference: Callable, queries: Sequence, recipe: R
             rates = {"optim/learning_rate": optimiser.learning_rate, **update(policy, moving, len(groups), recipe, optimiser, step, old.memory if k == 0 else NOTHING)}
     done = {g.query.id: g for g in [*dull, *live, *moving]}
     groups = [done[g.query.id] for g in groups]
-    return groups, {**step_metrics(policy, groups, live, recipe), **rates, **clock.seconds}
+    return groups, {**step_metrics(groups, live, recipe), **rates, **clock.seconds}
 
 # %% ../nbs/30_train.ipynb #76912e26
 def split_by(test: Callable, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
@@ -488,7 +485,7 @@ def check_references(groups: Sequence[Group], step: int) -> None:
             require_finite(quantity, getattr(g, quantity), step, groups, g)
 
 # %% ../nbs/30_train.ipynb #26fd11bf
-def step_metrics(policy: Policy, groups: Sequence[Group], live: Sequence[Group], recipe: Recipe) -> dict[str, float]:
+def step_metrics(groups: Sequence[Group], live: Sequence[Group], recipe: Recipe) -> dict[str, float]:
     "Rewards, group kinds, lengths, Upsilon and context metrics of a step's groups (`live`: those that went through the causal stages)."
     reward_N, mean = torch.cat([g.reward_G for g in groups]), lambda x: float(torch.as_tensor(x, dtype=torch.float32).mean()) if len(x) else 0.0
     length_N = torch.tensor([len(ids) for g in groups for ids in g.ids_G], dtype=torch.float32)
@@ -503,7 +500,7 @@ def step_metrics(policy: Policy, groups: Sequence[Group], live: Sequence[Group],
     metrics["groups/all_wrong"] = max(0.0, 1 - metrics["groups/mixed"] - metrics["groups/all_right"])
     referred = [_reading(g, recipe.config) for g in groups if len(g.context_logp_G_J_T)]
     metrics.update({f"causal/{name}": mean([told[name] for told in referred]) for name in (referred or [{}])[0]})
-    return {**metrics, **_causal_metrics(policy, live)} if any(len(g.draws_G_J) or len(g.z_G_D) for g in live) else metrics
+    return {**metrics, **_causal_metrics(live)} if any(len(g.draws_G_J) or len(g.z_G_D) for g in live) else metrics
 
 
 def _reading(g: Group, c: Config) -> dict[str, float]:
@@ -515,14 +512,14 @@ def _reading(g: Group, c: Config) -> dict[str, float]:
         "reads": float((at_x_G_T - g.old_logp_G_T)[mask_G_T].mean()), "ess": float(phi_ess(among.clamp(max=0))[mask_G_T].mean())}
 
 
-def _causal_metrics(policy: Policy, live: Sequence[Group]) -> dict[str, float]:
+def _causal_metrics(live: Sequence[Group]) -> dict[str, float]:
     mean = lambda xs: sum(map(float, xs)) / len(xs) if xs else 0.0
     draws = [d for g in live for k, per_i in enumerate(g.draws_G_J) for j, d in enumerate(per_i) if k == 0 or j > 0]
     continuations = [o for g in live for per_i in g.continuations_G_J_M for per_j in per_i for o in per_j]
     return {
         "causal/upsilon_mean": mean([g.upsilon_G.mean() for g in live]), "causal/upsilon_std": mean([spread(g.upsilon_G) for g in live]),
         "causal/flip_rate": mean([flip_rate(g.adv_G, g.weight_G) for g in live]), "causal/groups": float(len(live)), "causal/uncentred": float(len(live) == 1),
-        "causal/influence_mean": mean([g.influence_G.mean() for g in live if len(g.influence_G)]),
+        **({"causal/influence_mean": mean([g.influence_G.mean() for g in live])} if len(live[0].influence_G) else {}),
         "causal/shortened": mean([g.shortened_G.float().mean() for g in live if len(g.shortened_G)]),
         "tokens/draws": float(sum(map(len, draws))), "tokens/continuations": float(sum(map(len, continuations)))}
 
@@ -576,12 +573,11 @@ class Run:
 
     def save(self, policy: Policy, optimiser: Optimiser, step: int) -> None:
         "A checkpoint after `step` steps; older ones beyond save_total_limit go."
-        from safetensors.torch import save_file
         final = self.dir / "checkpoints" / f"step-{step:06d}"
         part = final.with_name(f"part-{step:06d}")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file({n: p.detach().contiguous().cpu() for n, p in policy.model.named_parameters() if p.requires_grad}, part / "weights.safetensors")
+        save_weights(policy, part / "weights.safetensors")
         torch.save(dict(optimiser=optimiser.adamw.state_dict(), schedule=optimiser.schedule.state_dict(), step=step), part / "optimiser.pt")
         for file in part.iterdir():
             with open(file, "rb") as handle:
@@ -593,14 +589,10 @@ class Run:
 # %% ../nbs/30_train.ipynb #78df5002
 def restore(run: Run, policy: Policy, optimiser: Optimiser) -> int:
     "Restore the newest checkpoint; the number of steps it holds, 0 if there is none. Metrics and completions beyond it are dropped."
-    from safetensors.torch import load_file
     step = 0
     if run.checkpoints:
         state = torch.load(run.checkpoints[-1] / "optimiser.pt", weights_only=True, map_location="cpu")
-        own = dict(policy.model.named_parameters())
-        with torch.no_grad():
-            for name, weight in load_file(run.checkpoints[-1] / "weights.safetensors").items():
-                own[name].copy_(weight)
+        load_weights(policy, run.checkpoints[-1] / "weights.safetensors")
         optimiser.adamw.load_state_dict(state["optimiser"])
         optimiser.schedule.load_state_dict(state["schedule"])
         step = state["step"]
@@ -697,10 +689,8 @@ def rehearse_rewards(recipe: Recipe, rows: Sequence[Row]) -> None:
     "Raises ValueError (from the check of rewards) when a reward function misbehaves on two completions, '1' and a longer one, of each row."
     texts = ["1", "<think>let me see</think> \\boxed{2}\n"]
     rows, completions = [r for r in rows for _ in texts], [t for _ in rows for t in texts]
-    as_asked = lambda r, t: t if isinstance(r.prompt, str) else [{"role": "assistant", "content": t}]
-    columns = {name: [r.columns.get(name) for r in rows] for name in {k for r in rows for k in r.columns}}
-    reward_table(recipe.rewards, [r.prompt if isinstance(r.prompt, list) else r.prompt + r.cue for r in rows], [as_asked(r, t) for r, t in zip(rows, completions)],
-                 {**columns, "completion_ids": [[1]] * len(rows)})
+    reward_table(recipe.rewards, [r.prompt if isinstance(r.prompt, list) else r.prompt + r.cue for r in rows], [as_completion(r.prompt, t) for r, t in zip(rows, completions)],
+                 {**by_name([r.columns for r in rows]), "completion_ids": [[1]] * len(rows)})
 
 # %% ../nbs/30_train.ipynb #7fcf90e3
 def questions_of_step(count: int, per_step: int, step: int, seed: int) -> list[int]:
@@ -806,15 +796,19 @@ def train_by_search(config: Config) -> Path:
     if run.adapter.is_dir():
         return run.dir
     value = ValueHead(policy.causal_lm.config.get_text_config().hidden_size, seed=config.seed)
-    optimiser = make_optimiser(policy, value, training)
+    optimiser, log, last = make_optimiser(policy, value, training), MetricsLog(run.dir / "metrics.jsonl", keep_below=len(rounds)), {}
     if rounds:
         load_round(rounds[-1], policy, value, optimiser)
-    log, done, held = MetricsLog(run.dir / "metrics.jsonl", keep_below=len(rounds)), len(rounds), evaluate(policy, held_out, recipe)
-    for metrics in self_train(policy, value, queries[:config.search_questions], recipe.judges[0], training, optimiser, run.dir / "search", progress="search"):
-        log.append(done, **{name: v for name, v in metrics.items() if name != "round"}, **held)
-        done, held = done + 1, evaluate(policy, held_out, recipe)
-        tqdm.write(f"round {done}  solved {metrics['search/solved']:.0%}  held out {held['eval/reward']:.1%} [{held['eval/low']:.1%}, {held['eval/high']:.1%}]")
-    log.append(done, **held)
+        last = {name: v for name, v in read_metrics(run.dir / "search")[len(rounds) - 1].items() if name != "step"}
+    log.append(len(rounds), **last, **evaluate(policy, held_out, recipe))
+    engine = partial(recipe.engine, states=True) if config.engine == "tree" else recipe.engine
+    try:
+        for metrics in self_train(policy, value, queries[:config.search_questions], recipe.judges[0], training, optimiser, run.dir / "search", engine, "search"):
+            done, held = metrics.pop("round") + 1, evaluate(policy, held_out, recipe)
+            log.append(done, **metrics, **held)
+            tqdm.write(f"round {done}  solved {metrics['search/solved']:.0%}  held out {held['eval/reward']:.1%} [{held['eval/low']:.1%}, {held['eval/high']:.1%}]")
+    except FloatingPointError as error:
+        raise NonFiniteError(str(error), len(list(run.dir.glob("search/round-*"))), []) from None
     finish(run, policy)
     return run.dir
 
