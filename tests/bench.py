@@ -7,7 +7,7 @@ literal   GCPO at n=8, J=4, m=1: the engine against every sequence alone, by tra
 curves    GCPO's seconds over n, L and J, beside the operations that the estimate of `gcpo.cost` gives
 memory    peak memory of a process for one step of each; and what a packed pass keeps for its backward, over the number of sequences below one prefix
 
-TRL and this are measured in the environment as it is. A glibc that keeps freed memory (MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000) makes TRL faster by a quarter and this by little.
+TRL and this are measured in the environment as it is. A glibc that keeps freed memory (MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000) makes TRL faster by a third and this by little.
 The floor is the operations of a step, counted by `gcpo.cost`, over this machine's measured rate of fp32 matrix products."""
 import json
 import os

@@ -10,7 +10,7 @@ import torch
 
 
 import gcpo.engine as engines
-from gcpo.engine import ENGINES, merged_weights, sample_continuous, sample_generate, sample_vllm
+from gcpo.engine import ENGINES, merged_weights, sample_continuous, sample_vllm
 from gcpo.core import PrefixTree, derive_seed
 from gcpo.policy import Policy, build_tiny, for_sampling, load_policy
 from gcpo.sample import Sampling, probabilities, sample, sample_alone
