@@ -15,12 +15,13 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .core import PrefixTree, share_heads
-from .data import load_rows, to_query
+from .benchmark import load_rows
+from .core import PrefixTree, from_arguments, share_heads
+from .data import to_query
 from .policy import Policy, locate
 from .sample import Sample, Sampling, check_fit
 from .score import CHUNK_BYTES
-from .train import Config, make_recipe, parse_arguments, questions_of_step, search_settings, train_step
+from .train import Config, make_recipe, questions_of_step, search_settings, train_step
 from .tree import Packed
 
 # %% ../nbs/34_cost.ipynb #b24d05cc
@@ -165,7 +166,7 @@ def rehearse(config: Config, sizes: Outline) -> list[Pass]:
     "The passes of a run's first step, every completion at its full length. Raises ValueError for faulty parameters, data or lengths, as `train` does."
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(locate(config.model))
-    rows, _ = load_rows(config.data, config.eval_data, config.train_size, config.eval_size, config.seed, config.shots)
+    rows, _ = load_rows(config.data, config.eval_data, config.train_size, config.eval_size, config.seed, config.shots, config.prompt_style == "chat")
     queries = share_heads([to_query(r, tokenizer) for r in rows])
     log: list[Pass] = [Pass("")]
     dry = Dry(nn.Module(), tokenizer, config.model, sizes=sizes, log=log)
@@ -259,7 +260,7 @@ def available_bytes(device: str = "") -> int:
 def main() -> None:
     "The command gcpo-estimate: the cost of a step of a configuration given as to gcpo-train."
     try:
-        config = parse_arguments(sys.argv[1:])
+        config = from_arguments(Config, sys.argv[1:], "gcpo-estimate", "What a step of these parameters costs.")
         cost = estimate(config)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -10,10 +10,9 @@ __all__ = ['METHODS', 'UPSILONS', 'SIMILARITIES', 'WEIGHTINGS', 'REFERENCES', 'T
            'evaluate', 'interval', 'Run', 'restore', 'check_directory', 'completion_rows', 'write_completions',
            'read_completions', 'join_completions', 'write_failed', 'check_window', 'rehearse_rewards',
            'questions_of_step', 'prepare', 'train', 'line', 'finish', 'search_settings', 'train_by_search', 'read_run',
-           'parse_arguments', 'read_parameters', 'main', 'summary']
+           'main', 'summary']
 
 # %% ../nbs/30_train.ipynb #b8844c4b
-import argparse
 import json
 import math
 import os
@@ -25,18 +24,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Literal, Sequence
+from typing import Callable, Literal, Sequence
 
 import torch
-import yaml
 from pydantic import Field, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .advantage import clipped, flip_rate, group_advantage, has_signal, product, sign_aware
+from .benchmark import grader_of, load_rows, stops_of
 from .collider import DRAWS, ENCODINGS, ORDERS, TEMPLATES, Collider, contexts_logp, continue_contexts, dependence, encode, integrate
-from .core import Group, MetricsLog, Parameters, derive_seed, environment, read_metrics, row_mask, share_heads, uncommitted, writable_dir, write_atomic
-from .data import Row, load_rows, to_query
+from .core import Group, MetricsLog, Parameters, derive_seed, environment, from_arguments, read_metrics, row_mask, share_heads, uncommitted, writable_dir, write_atomic
+from .data import Row, to_query
 from .engine import ENGINES
 from .kl import phi_autoregressive, phi_ess, phi_tokenwise, reading_metrics, reference_mean, reference_ratio, reference_sum, treat_floor, treat_mask
 from .loss import dr_grpo_loss, gcpo_loss, grpo_loss, gvpo_loss
@@ -69,12 +68,13 @@ METHODS: dict[str, dict] = {
 class DataParameters(Parameters):
     "What is trained on, and how completions are drawn and judged."
     model: str = Field("smollm2", description="tiny, smollm2, a directory, or a hub id", min_length=1)
-    data: str = Field("largest_of_three", description="a generated task, or a .jsonl file with prompt (or problem, question) and answer", min_length=1)
-    eval_data: str = Field("", description=".jsonl file of held-out questions; empty: held out from data")
+    data: str = Field("largest_of_three", description="a generated task, a published set, reasoning_gym:<task>, or a .jsonl file with prompt (or problem, question) and answer", min_length=1)
+    eval_data: str = Field("", description="held-out questions, named as data; empty: held out from data")
     train_size: int = Field(1000, ge=1, description="training questions of a generated task")
     eval_size: int = Field(200, ge=1, description="held-out questions that an evaluation uses")
     shots: int = Field(3, ge=0, le=16, description="worked examples before each question of a generated task")
-    rewards: list[str] = Field(["first_line_match"], min_length=1, description="reward functions by name, or package.module:function")
+    prompt_style: Literal["chat", "text"] = Field("chat", description="how published problems are asked; text suits models without a chat template")
+    rewards: list[str] = Field([], description="reward functions by name, or package.module:function; empty: the data's own grader")
     reward_weights: list[float] = Field([], description="one weight per reward; empty: all 1")
     output_dir: str = Field("runs/gcpo", min_length=1, description="the run's directory; the same command continues a run that lies there")
     num_generations: int = Field(8, ge=2, description="responses a group, n")
@@ -84,7 +84,7 @@ class DataParameters(Parameters):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1 is off")
     top_k: int = Field(0, ge=0, description="keep the k likeliest tokens; 0 is off")
     min_p: float = Field(0.0, ge=0, le=1, description="keep tokens of at least this share of the likeliest; 0 is off")
-    stop: list[str] = Field(["\n"], description="strings that end a completion")
+    stop: list[str] | None = Field(None, description="strings that end a completion; none: the data's own (a new line for generated tasks)")
     engine: Literal["tree", "generate", "continuous", "vllm"] = Field("tree", description="what samples; tree shares prefixes")
     token_budget: int = Field(131_072, ge=1, description="tokens whose keys and values are held at once while sampling")
     mask_truncated_completions: bool = Field(False, description="leave completions that hit max_completion_length out of the loss")
@@ -161,12 +161,6 @@ class RunParameters(SearchParameters):
 # %% ../nbs/30_train.ipynb #3ccca4e9
 class Config(RunParameters):
     "All parameters of a training run. `Config.checked(dict)` checks names, types and bounds, and what must hold together."
-    @classmethod
-    def from_namespace(cls, names: dict) -> "Config":
-        "From the variables of a papermill notebook: the parameters cell, and papermill's own cell with what the user injected."
-        plain = {k: v for k, v in names.items() if isinstance(v, (bool, int, float, str, list, dict, type(None))) and not k.startswith("_") and k not in ("In", "Out")}
-        return cls.checked({k: _number(k, v) for k, v in plain.items()}, "notebook parameters")
-
     @model_validator(mode="before")
     @classmethod
     def _of_method(cls, values: dict) -> dict:
@@ -179,8 +173,8 @@ class Config(RunParameters):
 
     @model_validator(mode="after")
     def _together(self):
-        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
-            raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.rewards)} rewards; give one each, or none")
+        if self.reward_weights and len(self.reward_weights) != len(self.reward_names):
+            raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward_names)} rewards; give one each, or none")
         if self.objective == "gvpo" and self.beta == 0:
             raise ValueError("objective='gvpo' with beta=0 has no gradient: beta is its reward scale; its paper uses 0.1")
         if self.objective == "rest_mcts" and (len(self.rewards) > 1 or self.random_reward):
@@ -192,6 +186,16 @@ class Config(RunParameters):
         if self.centre and self.prompts_per_step < 2 and self.objective == "gcpo" and self.weight in ("projected", "centroid", "shuffled"):
             raise ValueError("centre=True needs states of other prompts, and prompts_per_step is 1; use at least 2 prompts a step, or centre=False")
         return self
+
+    @property
+    def reward_names(self) -> list[str]:
+        "The reward functions: those asked for, or the grader of the data."
+        return self.rewards or [grader_of(self.data)]
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        "What ends a completion: what was asked for, or what ends one of the data's answers."
+        return stops_of(self.data, self.prompt_style == "chat") if self.stop is None else tuple(self.stop)
 
 # %% ../nbs/30_train.ipynb #067fe091
 UPSILONS = {"projected": upsilon, "centroid": centroid, "shuffled": shuffled, "constant": constant, "ones": ones}
@@ -241,7 +245,7 @@ class Recipe:
 def make_recipe(config: Config) -> Recipe:
     "Resolve every word of a configuration. Raises ValueError for an unknown reward function."
     c, causal = config, config.objective == "gcpo"
-    how = Sampling(c.max_completion_length, c.temperature, c.top_k, c.top_p, c.min_p, tuple(c.stop))
+    how = Sampling(c.max_completion_length, c.temperature, c.top_k, c.top_p, c.min_p, tuple(c.stops))
     needs_states = causal and c.weight in ("projected", "shuffled", "centroid")
     engine = partial(ENGINES[c.engine], token_budget=c.token_budget, **({"states": True} if needs_states and c.encoding == "in_context" and c.engine == "tree" else {}))
     collider = Collider(DRAWS[c.collider], c.num_draws, c.num_continuations, how, c.max_draw_length, c.max_continuation_length, c.context_budget,
@@ -253,7 +257,7 @@ def make_recipe(config: Config) -> Recipe:
     project = partial(REFERENCES[c.reference], floor=c.floor)
     if c.reference != "sum":
         project = partial(project, phi=phi_autoregressive if c.autoregressive else phi_tokenwise, own_draw=own_draw)
-    judges = tuple(map(load_reward, c.rewards))
+    judges = tuple(map(load_reward, c.reward_names))
     return Recipe(c, how, collider, engine, (random_reward,) if c.random_reward else judges, judges, weigh, project, TREATMENTS[c.nonpositive], OBJECTIVES[c.objective],
                   causal and c.weight in ("projected", "shuffled"), needs_states, causal and c.weight == "influence", c.kappa if causal else 0.0)
 
@@ -703,7 +707,7 @@ def questions_of_step(count: int, per_step: int, step: int, seed: int) -> list[i
 def prepare(config: Config) -> tuple[Recipe, Policy, list, list]:
     "Check everything and load: recipe, policy, training queries, held-out queries. Nothing is written."
     recipe = make_recipe(config)
-    rows, held_out = load_rows(config.data, config.eval_data, config.train_size, config.eval_size, config.seed, config.shots)
+    rows, held_out = load_rows(config.data, config.eval_data, config.train_size, config.eval_size, config.seed, config.shots, config.prompt_style == "chat")
     if config.prompts_per_step > len(rows):
         raise ValueError(f"prompts_per_step={config.prompts_per_step}, but there are only {len(rows)} training questions: a step would hold the same question twice")
     rehearse_rewards(recipe, rows[:2])
@@ -782,7 +786,7 @@ def finish(run: Run, policy: Policy) -> None:
 def search_settings(config: Config) -> SelfTraining:
     "The searches and rounds of a configuration; their budget is what `max_steps` of rollouts generate at full length. Raises ValueError as `SearchConfig`."
     c = config
-    steps = Steps(min(c.search_step_length, c.max_completion_length), c.search_separator, tuple(c.stop), c.max_completion_length)
+    steps = Steps(min(c.search_step_length, c.max_completion_length), c.search_separator, c.stops, c.max_completion_length)
     search = SearchConfig(steps, c.search_iterations, branch=c.search_branch, temperature=c.search_temperature, stop_at_gate=False)
     budget = c.max_steps * c.prompts_per_step * c.num_generations * c.max_completion_length
     return SelfTraining(search, rounds=budget, budget=budget, learning_rate=c.learning_rate, weight_decay=c.weight_decay, max_norm=c.max_grad_norm, seed=c.seed)
@@ -819,49 +823,10 @@ def read_run(run_dir: str | Path):
     return pd.DataFrame(read_metrics(run_dir)).set_index("step")
 
 # %% ../nbs/30_train.ipynb #ae158bb9
-def parse_arguments(arguments: Sequence[str]) -> Config:
-    "A configuration from `--params FILE.yaml` and `--name value`. Raises ValueError as `Config.checked`, and for a faulty file (with its line)."
-    parser = argparse.ArgumentParser("gcpo-train", description="Train a policy with GCPO or one of its relatives.", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--params", metavar="FILE.yaml", help="parameters from a file; options on the command line override them")
-    for name, info in Config.model_fields.items():
-        parser.add_argument(f"--{name}", help=f"{info.description} [{info.default!r}]".replace("%", "%%"), default=argparse.SUPPRESS)
-    known, unknown = parser.parse_known_args(arguments)
-    stray = {u.lstrip("-").split("=")[0]: None for u in unknown if u.startswith("--")} or dict.fromkeys(unknown)
-    values = read_parameters(known.params) if known.params else {}
-    given = {k: _typed(k, v) for k, v in vars(known).items() if k != "params"}
-    return Config.checked({**values, **given, **stray}, known.params or "command line")
-
-
-def read_parameters(path: str | Path) -> dict:
-    "A mapping from a YAML file. Raises ValueError when it is missing, is no YAML (with the line), or holds no mapping."
-    if not Path(path).is_file():
-        raise ValueError(f"parameter file '{path}' does not exist")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        raise ValueError(f"{path}:{error.problem_mark.line + 1}: not YAML: {error.problem}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected lines such as 'alpha: 2.0', found {type(values).__name__}")
-    return {k: _number(k, v) for k, v in values.items()}
-
-
-def _typed(name: str, text: str) -> Any:
-    return text if Config.model_fields[name].annotation is str else _number(name, yaml.safe_load(text))
-
-
-def _number(name: str, value: Any) -> Any:
-    "YAML reads 1e-6 as text: give float parameters a float."
-    is_float = name in Config.model_fields and Config.model_fields[name].annotation in (float, float | None)
-    try:
-        return float(value) if is_float and isinstance(value, str) else value
-    except ValueError:
-        return value
-
-# %% ../nbs/30_train.ipynb #54cc19f7
 def main() -> None:
     "The command gcpo-train."
     try:
-        config = parse_arguments(sys.argv[1:])
+        config = from_arguments(Config, sys.argv[1:], "gcpo-train", "Train a policy with GCPO or one of its relatives.")
         run_dir = train(config)
     except (ValueError, NonFiniteError) as error:
         sys.exit(f"error: {error}")
