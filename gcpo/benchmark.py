@@ -186,7 +186,7 @@ def gym_rows(task: str, count: int, seed: int = 0, held_out: bool = False, chat:
         if len(rows) < count and question not in seen and (derive_seed("split", question) % 5 == 0) == held_out:
             seen.add(question)
             prompt, cue = ([{"role": "user", "content": question}], "") if chat else (question + "\n", "Answer:")
-            rows.append(Row(f"{task}-{len(rows)}", prompt, cue, {"answer": entry["answer"], "task": task, "entry": json.dumps(entry, default=str)}))
+            rows.append(Row(f"{task}-{len(rows)}", prompt, cue, {"problem": question, "answer": entry["answer"], "task": task, "entry": json.dumps(entry, default=str)}))
     if len(rows) < count:
         raise ValueError(f"reasoning-gym's '{task}' gave {len(rows)} different questions on the {'held-out' if held_out else 'training'} side, {count} were asked for")
     return rows
@@ -195,7 +195,7 @@ def gym_rows(task: str, count: int, seed: int = 0, held_out: bool = False, chat:
 def set_rows(name: str, data_dir: str | Path = "", chat: bool = True) -> list[Row]:
     "A published set as rows: prompts as its `ask` words them, for chat models or as text, and its fields as columns. Raises ValueError as `read_set`."
     s = SETS[name] if name in SETS else None
-    return [Row(p["id"], *s.ask(p, chat), {key: value for key, value in p.items() if key not in ("id", "problem", "shots")}) for p in read_set(name, data_dir)]
+    return [Row(p["id"], *s.ask(p, chat), {key: value for key, value in p.items() if key not in ("id", "shots")}) for p in read_set(name, data_dir)]
 
 
 def source_rows(data: str, count: int, seed: int = 0, held_out: bool = False, shots: int = 0, chat: bool = True) -> list[Row]:
@@ -246,8 +246,8 @@ def load_rows(data: str, eval_data: str = "", train_size: int = 1000, eval_size:
 
 
 def text_of_row(row: Row) -> str:
-    "What a row asks, as one string: the prompt, or its last message."
-    return row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
+    "What a row asks, as one string and without the words around it: its `problem`, or else its prompt, or the prompt's last message."
+    return row.columns.get("problem") or (row.prompt + row.cue if isinstance(row.prompt, str) else row.prompt[-1]["content"])
 
 
 def _plain(text: str) -> str:
@@ -261,7 +261,7 @@ def overlap(trained: Sequence[Row], tested: Sequence[Row], near: float = 0.5, ru
 
     `near`: least share of common runs of `run` words. Linear in the texts' length but for runs that many problems share."""
     import pandas as pd
-    texts = [_plain(text_of_row(r).replace(BOXED, "")) for r in tested]
+    texts = [_plain(text_of_row(r)) for r in tested]
     runs, index = [set(_runs(t, run)) for t in texts], defaultdict(list)
     for i, own in enumerate(runs):
         for r in own:
@@ -269,7 +269,7 @@ def overlap(trained: Sequence[Row], tested: Sequence[Row], near: float = 0.5, ru
     same = {t: i for i, t in enumerate(texts)}
     best = {}
     for row in trained:
-        text = _plain(text_of_row(row).replace(BOXED, ""))
+        text = _plain(text_of_row(row))
         own = set(_runs(text, run))
         shared = Counter(i for r in own for i in index.get(r, ()))
         if text in same:

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['derive_seed', 'nearest', 'choose', 'Parameters', 'from_namespace', 'read_parameters', 'from_arguments', 'cell',
            'Query', 'share_heads', 'Group', 'group_table', 'pad', 'row_mask', 'upcast', 'PrefixTree', 'write_atomic',
-           'writable_dir', 'MetricsLog', 'read_metrics', 'uncommitted', 'environment', 'data_dir']
+           'writable_dir', 'MetricsLog', 'read_metrics', 'uncommitted', 'environment', 'check_directory',
+           'write_manifest', 'data_dir']
 
 # %% ../nbs/00_core.ipynb #794266b9
-import argparse, difflib, hashlib, json, os, platform, subprocess
+import argparse, difflib, hashlib, json, os, platform, subprocess, time
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -349,6 +350,27 @@ def environment() -> dict:
         machine=platform.machine(), cpus=os.cpu_count(), threads=torch.get_num_threads(),
         gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         git_commit=_git("rev-parse", "HEAD"), git_diff_sha256=hashlib.sha256(diff.encode()).hexdigest() if diff else "")
+
+# %% ../nbs/00_core.ipynb #edd6bf6a
+def check_directory(config: Parameters, free: Sequence[str] = ("output_dir",)) -> Path:
+    "config.output_dir, created. Raises ValueError when it cannot be written to, or holds results of other parameters (listing them); those in `free` may differ."
+    directory = writable_dir(config.output_dir)
+    if not (directory / "manifest.json").exists():
+        return directory
+    there, asked = (json.loads((directory / "manifest.json").read_text())["config"], json.loads(config.model_dump_json()))
+    changed = [f"{k}: there {there.get(k, 'not set')!r}, asked {asked.get(k, 'not set')!r}" for k in sorted({*there, *asked} - {*free}) if there.get(k) != asked.get(k)]
+    if changed:
+        raise ValueError(f"'{directory}' holds a run with another configuration; choose another output_dir, or delete it to start anew:\n  " + "\n  ".join(changed))
+    return directory
+
+
+def write_manifest(directory: Path, config: Parameters) -> None:
+    "Write manifest.json (parameters, environment, start), and the uncommitted diff of the checkout beside it, unless there is one."
+    if not (directory / "manifest.json").exists():
+        if diff := uncommitted():
+            write_atomic(directory / "uncommitted.diff", diff)
+        told = json.loads(config.model_dump_json(exclude={"output_dir"}))
+        write_atomic(directory / "manifest.json", json.dumps(dict(config=told, environment=environment(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z")), indent=2))
 
 # %% ../nbs/00_core.ipynb #0cbe14d7
 def data_dir() -> Path:

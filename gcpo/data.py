@@ -61,7 +61,7 @@ def generated_rows(task: str, count: int, seed: int = 0, held_out: bool = False,
             raise ValueError(f"task '{task}' has only {len(rows)} different {'held-out' if held_out else 'training'} questions, {count} were asked for")
         if question not in seen and is_held_out(question) == held_out:
             seen.add(question)
-            rows.append(Row(f"{task}-{len(rows)}", examples + question, cue, {"answer": answer}))
+            rows.append(Row(f"{task}-{len(rows)}", examples + question, cue, {"problem": question, "answer": answer}))
     return rows
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SECONDS', 'REWARDS', 'text_of', 'as_completion', 'by_name', 'answers_of', 'grades', 'accuracy', 'integer_match',
-           'first_line_match', 'numeric_match', 'think_format', 'solution_of', 'code_accuracy', 'reasoning_gym_score',
-           'random_reward', 'length_reward', 'compression_reward', 'name_of', 'reward_table', 'checked_rewards',
-           'load_reward']
+           'first_line_match', 'numeric_match', 'think_format', 'solution_of', 'verdicts', 'code_accuracy',
+           'reasoning_gym_score', 'random_reward', 'length_reward', 'compression_reward', 'name_of', 'reward_table',
+           'checked_rewards', 'load_reward']
 
 # %% ../nbs/06_reward.ipynb #0dde12f3
 import importlib, importlib.util, json, math, re, time
@@ -173,8 +173,8 @@ def solution_of(text, entry_point, prelude=""):
     return prelude + _NEXT.split("\n" + (reply if code is None else code), maxsplit=1)[0].removeprefix("\n")
 
 # %% ../nbs/06_reward.ipynb #048797ac
-def code_accuracy(prompts, completions, tests=None, entry_point=None, prelude=None, timeout=3.0, **columns):
-    """1.0 where a completion's function passes the hidden tests in the sandbox, else 0.0; None where there are none.
+def verdicts(prompts, completions, tests=None, entry_point=None, prelude=None, timeout=3.0, **columns):
+    """A `gcpo.sandbox.Verdict` (passed, reason) for each completion's function under the hidden tests; None where there are none.
 
     Columns, one entry a completion: `tests`, source that defines `check(candidate)` or calls the function; `entry_point`, its name; `prelude`, the head that it continues (HumanEval's prompt),
     by default the prompt if that is text and defines the function. `timeout`: wall seconds of all tests of one. Raises ValueError where a column is missing or does not fit, or tests are not Python."""
@@ -185,7 +185,12 @@ def code_accuracy(prompts, completions, tests=None, entry_point=None, prelude=No
     places = [i for i, test in enumerate(tests) if test and entry_point[i]]
     jobs = [dict(solution=solution_of(text_of(completions[i]), entry_point[i], heads[i]), tests=tests[i], entry_point=entry_point[i], prelude=heads[i], timeout=timeout) for i in places]
     passed = dict(zip(places, run_many(jobs, progress=False)))
-    return [float(passed[i].passed) if i in passed else None for i in range(len(completions))]
+    return [passed.get(i) for i in range(len(completions))]
+
+
+def code_accuracy(prompts, completions, tests=None, entry_point=None, prelude=None, timeout=3.0, **columns):
+    "1.0 where a completion's function passes the hidden tests in the sandbox, else 0.0; None where there are none. Columns and errors as of `verdicts`."
+    return [None if v is None else float(v.passed) for v in verdicts(prompts, completions, tests, entry_point, prelude, timeout)]
 
 # %% ../nbs/06_reward.ipynb #396a46d4
 def _gym_answer(prompt, text, several):

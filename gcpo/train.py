@@ -7,10 +7,9 @@ __all__ = ['METHODS', 'UPSILONS', 'SIMILARITIES', 'WEIGHTINGS', 'REFERENCES', 'T
            'MethodParameters', 'SearchParameters', 'RunParameters', 'Config', 'Clock', 'Recipe', 'make_recipe',
            'NonFiniteError', 'require_finite', 'score_rewards', 'judge', 'influenced', 'weigh', 'remember', 'refer',
            'group_losses', 'update', 'Optimiser', 'train_step', 'split_by', 'check_references', 'step_metrics',
-           'evaluate', 'interval', 'Run', 'restore', 'check_directory', 'completion_rows', 'write_completions',
-           'read_completions', 'join_completions', 'write_failed', 'check_window', 'rehearse_rewards',
-           'questions_of_step', 'prepare', 'train', 'line', 'finish', 'search_settings', 'train_by_search', 'read_run',
-           'main', 'summary']
+           'evaluate', 'Run', 'restore', 'completion_rows', 'write_completions', 'read_completions', 'join_completions',
+           'write_failed', 'check_window', 'rehearse_rewards', 'questions_of_step', 'prepare', 'train', 'line',
+           'finish', 'search_settings', 'train_by_search', 'read_run', 'main', 'summary']
 
 # %% ../nbs/30_train.ipynb #b8844c4b
 import json
@@ -34,7 +33,7 @@ from tqdm.auto import tqdm
 from .advantage import clipped, flip_rate, group_advantage, has_signal, product, sign_aware
 from .benchmark import grader_of, load_rows, stops_of
 from .collider import DRAWS, ENCODINGS, ORDERS, TEMPLATES, Collider, contexts_logp, continue_contexts, dependence, encode, integrate
-from .core import Group, MetricsLog, Parameters, derive_seed, environment, from_arguments, read_metrics, row_mask, share_heads, uncommitted, writable_dir, write_atomic
+from .core import Group, MetricsLog, Parameters, check_directory, derive_seed, from_arguments, read_metrics, row_mask, share_heads, write_atomic, write_manifest
 from .data import Row, to_query
 from .engine import ENGINES
 from .kl import phi_autoregressive, phi_ess, phi_tokenwise, reading_metrics, reference_mean, reference_ratio, reference_sum, treat_floor, treat_mask
@@ -44,6 +43,7 @@ from .reward import as_completion, by_name, load_reward, name_of, random_reward,
 from .sample import Sampling, rollout, sample_groups
 from .score import groups_logp
 from .search import SearchConfig, SelfTraining, Steps, ValueHead, load_round, make_optimiser, self_train
+from .statistics import interval
 from .tree import NOTHING, Memory, check_flex
 from .upsilon import batch_means, by_influence, centred, centroid, constant, cosine, euclidean, gaussian, ones, shuffled, spread, upsilon
 
@@ -245,7 +245,7 @@ class Recipe:
 def make_recipe(config: Config) -> Recipe:
     "Resolve every word of a configuration. Raises ValueError for an unknown reward function."
     c, causal = config, config.objective == "gcpo"
-    how = Sampling(c.max_completion_length, c.temperature, c.top_k, c.top_p, c.min_p, tuple(c.stops))
+    how = Sampling(c.max_completion_length, c.temperature, c.top_k, c.top_p, c.min_p, c.stops)
     needs_states = causal and c.weight in ("projected", "shuffled", "centroid")
     engine = partial(ENGINES[c.engine], token_budget=c.token_budget, **({"states": True} if needs_states and c.encoding == "in_context" and c.engine == "tree" else {}))
     collider = Collider(DRAWS[c.collider], c.num_draws, c.num_continuations, how, c.max_draw_length, c.max_continuation_length, c.context_budget,
@@ -538,31 +538,13 @@ def evaluate(policy: Policy, queries: Sequence, recipe: Recipe, progress: str = 
     return {"eval/reward": float(scored.mean()) if len(scored) else math.nan, "eval/low": low, "eval/high": high, "eval/count": float(len(scored)),
             "eval/length": sum(length) / len(length), "eval/truncated": sum(float(g.truncated_G[0]) for g in answered) / len(answered)}
 
-
-def interval(reward_N: Tensor, confidence: float = 0.95) -> tuple[float, float]:
-    "95% interval of the mean: Wilson's for rewards of 0 and 1, else the normal one; NaN for fewer than two."
-    from scipy.stats import binomtest, norm
-    n = len(reward_N)
-    if n < 2:
-        return math.nan, math.nan
-    if bool(((reward_N == 0) | (reward_N == 1)).all()):
-        low, high = binomtest(int(reward_N.sum()), n).proportion_ci(confidence, method="wilson")
-        return float(low), float(high)
-    half = norm.ppf((1 + confidence) / 2) * float(reward_N.std()) / math.sqrt(n)
-    return float(reward_N.mean()) - half, float(reward_N.mean()) + half
-
 # %% ../nbs/30_train.ipynb #0cf84b6c
 class Run:
     "A run directory: manifest, metrics, completions, checkpoints. Opening one that holds the same configuration continues it."
 
     def __init__(self, config: Config):
         self.dir, self.config = check_directory(config), config
-        manifest = self.dir / "manifest.json"
-        if not manifest.exists():
-            told = json.loads(config.model_dump_json(exclude={"output_dir"}))
-            if diff := uncommitted():
-                write_atomic(self.dir / "uncommitted.diff", diff)
-            write_atomic(manifest, json.dumps(dict(config=told, environment=environment(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z")), indent=2))
+        write_manifest(self.dir, config)
         for part in [*self.dir.glob("checkpoints/part-*"), *self.dir.glob("completions/*.part")]:
             shutil.rmtree(part) if part.is_dir() else part.unlink()
 
@@ -604,18 +586,6 @@ def restore(run: Run, policy: Policy, optimiser: Optimiser) -> int:
         if int(part.stem.split("-")[1]) >= step:
             part.unlink()
     return step
-
-# %% ../nbs/30_train.ipynb #46803d57
-def check_directory(config: Config) -> Path:
-    "The run directory. Raises ValueError when it cannot be written to, or holds a run with another configuration (listing the difference)."
-    directory = writable_dir(config.output_dir)
-    if not (directory / "manifest.json").exists():
-        return directory
-    there, asked = json.loads((directory / "manifest.json").read_text())["config"], json.loads(config.model_dump_json(exclude={"output_dir"}))
-    changed = [f"{k}: there {there.get(k, 'not set')!r}, asked {asked.get(k, 'not set')!r}" for k in sorted({*there, *asked}) if there.get(k) != asked.get(k)]
-    if changed:
-        raise ValueError(f"'{directory}' holds a run with another configuration; choose another output_dir, or delete it to start anew:\n  " + "\n  ".join(changed))
-    return directory
 
 # %% ../nbs/30_train.ipynb #58d5e636
 def completion_rows(policy: Policy, groups: Sequence[Group], recipe: Recipe, step: int) -> list[dict]:

@@ -1,6 +1,7 @@
 """The house in order: notebooks, package and README in step, imports downward, nothing orphaned, settings in one place."""
 import ast
 import configparser
+import importlib
 import json
 import re
 import shutil
@@ -93,14 +94,16 @@ def test_settings_are_the_only_source():
     assert settings["DEFAULT"]["version"] in (ROOT / "gcpo" / "__init__.py").read_text()
 
 
-def test_parameters_cell_is_the_configuration():
+@pytest.mark.parametrize("notebook, kind", [("50_train", "gcpo.train:Config"), ("51_evaluate", "gcpo.evaluate:Evaluation")])
+def test_parameters_cell_is_the_configuration(notebook, kind):
     from gcpo.core import cell
-    from gcpo.train import Config
-    source, = ["".join(c["source"]) for c in cells(ROOT / "nbs" / "50_train.ipynb") if "parameters" in c["metadata"].get("tags", [])]
-    assert source == cell(Config), f"the parameters cell of 50_train should be\n{cell(Config)}"
+    module, name = kind.split(":")
+    kind = getattr(importlib.import_module(module), name)
+    source, = ["".join(c["source"]) for c in cells(ROOT / "nbs" / f"{notebook}.ipynb") if "parameters" in c["metadata"].get("tags", [])]
+    assert source == cell(kind), f"the parameters cell of {notebook} should be\n{cell(kind)}"
     values = {}
     exec(source, values)
-    assert {k: v for k, v in values.items() if not k.startswith("_")} == Config().model_dump()
+    assert {k: v for k, v in values.items() if not k.startswith("_")} == kind().model_dump()
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "nbs" / "params").glob("*.yaml")), ids=lambda p: p.name)
