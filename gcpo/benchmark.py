@@ -36,7 +36,7 @@ def ask_code(problem: dict, chat: bool) -> tuple[str | list, str]:
     "Prompt and cue of a function to be completed; `problem['shots']`: solved problems that come before it."
     shots = problem.get("shots", [])
     if not chat:
-        return "".join(f"{s['problem']}{s['solution'].rstrip()}\n\n\n" for s in shots) + problem["problem"], ""
+        return "".join(f"{s['problem']}{s['solution'].rstrip()}\n\n\n" for s in shots) + problem["problem"].rstrip(), ""
     message = lambda p: {"role": "user", "content": f"Complete this Python function. Answer with the whole function in one ```python block.\n\n```python\n{p['problem'].strip()}\n```"}
     reply = lambda p: {"role": "assistant", "content": f"```python\n{p['problem'].lstrip()}{p['solution'].rstrip()}\n```"}
     return [turn for s in shots for turn in (message(s), reply(s))] + [message(problem)], ""
@@ -172,7 +172,7 @@ def _gym(task: str, count: int, seed: int):
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ModuleNotFoundError:
-        raise ValueError(f"'{GYM}{task}' needs the package reasoning-gym, which is not installed: pip install reasoning-gym") from None
+        raise ValueError(f"'{GYM}{task}' needs the package reasoning-gym, which is not installed: pip install gcpo[tasks]") from None
     if task not in DATASETS:
         raise ValueError(f"reasoning-gym has no task '{task}'{nearest(task, list(DATASETS))}; it has {len(DATASETS)}, such as {', '.join(sorted(DATASETS)[:6])}")
     return reasoning_gym.create_dataset(task, size=count, seed=seed)
