@@ -252,7 +252,7 @@ def text_of_row(row: Row) -> str:
 
 def _plain(text: str) -> str:
     "Lower case, without LaTeX's spacing and delimiters, words and signs apart by one space: what makes two printings of one problem equal."
-    text = re.sub(r"\\(?:left|right|,|;|!|quad|qquad|displaystyle|text|mathrm|d?frac|tfrac)|[$~{}\\.,;:?!'\"]", " ", text.lower())
+    text = re.sub(r"\\(?:left|right|,|;|!|quad|qquad|displaystyle|text|mathrm|d?frac|tfrac)|[$~{}\\,;:?'\"]|\.(?!\d)", " ", text.lower())
     return " ".join(re.findall(r"[a-z]+|\d+|[^\sa-z\d]", text))
 
 # %% ../nbs/02_benchmark.ipynb #994e222d
@@ -266,17 +266,18 @@ def overlap(trained: Sequence[Row], tested: Sequence[Row], near: float = 0.5, ru
     for i, own in enumerate(runs):
         for r in own:
             index[r].append(i)
-    same = {t: i for i, t in enumerate(texts)}
-    best = {}
+    same, best = defaultdict(list), {}
+    for i, t in enumerate(texts):
+        same[t].append(i)
     for row in trained:
         text = _plain(text_of_row(row))
         own = set(_runs(text, run))
         shared = Counter(i for r in own for i in index.get(r, ()))
-        if text in same:
-            best[same[text]] = (1.0, "exact", row.id)
+        for i in same.get(text, ()):
+            best[i] = (1.0, "exact", row.id)
         for i, count in shared.items():
             least = min(len(own), len(runs[i]))
-            if least >= 8 and count / least >= near and (i not in best or count / least > best[i][0]):
+            if (least >= 8 and count / least >= near or 3 <= len(runs[i]) == count) and (i not in best or count / least > best[i][0]):
                 best[i] = (count / least, "near", row.id)
     return pd.DataFrame([dict(test_id=tested[i].id, train_id=train_id, kind=kind, containment=share) for i, (share, kind, train_id) in sorted(best.items())],
                         columns=["test_id", "train_id", "kind", "containment"])

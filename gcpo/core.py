@@ -48,16 +48,19 @@ class Parameters(BaseModel):
     def checked(cls, values: Mapping[str, Any], source: str = "parameters") -> "Parameters":
         "Build from a mapping. Raises ValueError listing *all* faults, each with value, place and remedy."
         try:
-            return cls(**{name: cls._float(name, value) for name, value in values.items()})
+            return cls(**{name: cls._plain(name, value) for name, value in values.items()})
         except ValidationError as error:
             lines = [cls._sentence(fault) for fault in error.errors()]
             raise ValueError(f"{source}: " + "\n  ".join([f"{len(lines)} fault(s)", *lines])) from None
 
     @classmethod
-    def _float(cls, name: str, value: Any) -> Any:
-        "YAML reads 1e-6 as text: a number for a float parameter, anything else as it is."
+    def _plain(cls, name: str, value: Any) -> Any:
+        "What YAML and command lines write otherwise: 1e-6, which YAML reads as text, for a float; `a, b` for a list of strings. Anything else as it is."
+        kind = cls.model_fields[name].annotation if isinstance(value, str) and name in cls.model_fields else None
+        if kind in (list[str], list[str] | None):
+            return [part.strip() or part for part in value.split(",")]
         try:
-            return float(value) if isinstance(value, str) and name in cls.model_fields and cls.model_fields[name].annotation in (float, float | None) else value
+            return float(value) if kind in (float, float | None) else value
         except ValueError:
             return value
 
@@ -352,25 +355,26 @@ def environment() -> dict:
         git_commit=_git("rev-parse", "HEAD"), git_diff_sha256=hashlib.sha256(diff.encode()).hexdigest() if diff else "")
 
 # %% ../nbs/00_core.ipynb #edd6bf6a
-def check_directory(config: Parameters, free: Sequence[str] = ("output_dir",)) -> Path:
-    "config.output_dir, created. Raises ValueError when it cannot be written to, or holds results of other parameters (listing them); those in `free` may differ."
+def check_directory(config: Parameters, free: Sequence[str] = ("output_dir",), **more: Any) -> Path:
+    "config.output_dir, created. Raises ValueError when it cannot be written to, or holds results of other parameters or of other things in `more` (listing them); those in `free` may differ."
     directory = writable_dir(config.output_dir)
     if not (directory / "manifest.json").exists():
         return directory
-    there, asked = (json.loads((directory / "manifest.json").read_text())["config"], json.loads(config.model_dump_json()))
+    manifest = json.loads((directory / "manifest.json").read_text())
+    there, asked = {**manifest["config"], **{k: manifest.get(k, "not set") for k in more}}, {**json.loads(config.model_dump_json()), **more}
     changed = [f"{k}: there {there.get(k, 'not set')!r}, asked {asked.get(k, 'not set')!r}" for k in sorted({*there, *asked} - {*free}) if there.get(k) != asked.get(k)]
     if changed:
         raise ValueError(f"'{directory}' holds a run with another configuration; choose another output_dir, or delete it to start anew:\n  " + "\n  ".join(changed))
     return directory
 
 
-def write_manifest(directory: Path, config: Parameters) -> None:
-    "Write manifest.json (parameters, environment, start), and the uncommitted diff of the checkout beside it, unless there is one."
+def write_manifest(directory: Path, config: Parameters, **more: Any) -> None:
+    "Write manifest.json (parameters, environment, start, and `more`), and the uncommitted diff of the checkout beside it, unless there is one."
     if not (directory / "manifest.json").exists():
         if diff := uncommitted():
             write_atomic(directory / "uncommitted.diff", diff)
         told = json.loads(config.model_dump_json(exclude={"output_dir"}))
-        write_atomic(directory / "manifest.json", json.dumps(dict(config=told, environment=environment(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z")), indent=2))
+        write_atomic(directory / "manifest.json", json.dumps(dict(config=told, environment=environment(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more), indent=2))
 
 # %% ../nbs/00_core.ipynb #0cbe14d7
 def data_dir() -> Path:

@@ -111,7 +111,10 @@ def file_rows(path: str | Path) -> list[Row]:
         if name != "prompt":
             prompt = [{"role": "user", "content": prompt}]
         columns = {k: v for k, v in item.items() if k not in (name, "id")}
-        rows.append(Row(str(item.get("id", number)), prompt, columns=columns))
+        own = str(number if item.get("id") is None else item["id"])
+        if own != own.encode("utf-8", "replace").decode():
+            raise ValueError(f"{path}: object {number}: the id {own!r} is no text that can be written to a file")
+        rows.append(Row(own, prompt, columns=columns))
     repeated = [i for i, times in Counter(r.id for r in rows).items() if times > 1]
     if repeated:
         raise ValueError(f"{path}: the id '{repeated[0]}' stands more than once; ids name questions in records, so each must be its own (or leave them out)")
