@@ -87,11 +87,21 @@ class Average:
     def _repr_markdown_(self): return str(self)
 
 # %% ../nbs/07_statistics.ipynb #501de2bb
+def _other_problems(mean_P, confidence):
+    "Interval of the mean over problems: Wilson's with as many Bernoulli trials as would vary like these means, p(1-p)/v, and t in the place of z."
+    if np.isin(mean_P, (0, 1)).all() and len(set(mean_P)) > 1 or len(mean_P) < 2: return interval(mean_P, confidence)
+    n, p, v = len(mean_P), mean_P.mean(), mean_P.var(ddof=1) / len(mean_P)
+    if v < 1e-24: return p - _unseen(n, confidence), p + _unseen(n, confidence)
+    t, trials = stats.t.ppf((1 + confidence) / 2, n - 1), p * (1 - p) / v
+    centre, half = p + t**2 / (2 * trials), t * math.sqrt(p * (1 - p) / trials + (t / (2 * trials)) ** 2)
+    return (centre - half) / (1 + t**2 / trials), (centre + half) / (1 + t**2 / trials)
+
+
 def avg_at_k(score_P_K, confidence=0.95):
     """pass@1 as the mean over samples of each problem, then over problems -> Average, with both intervals.
 
     score_P_K: [problems, samples] in [0, 1], NaN (or None) where not graded. These problems: t on the variance within problems, degrees of freedom v²/Σ(v_p²/(K_p+1)).
-    Other problems: t on the problem means, Wilson's where every problem has a single score of 0 or 1. Raises ValueError for other shapes and values."""
+    Other problems: Wilson's interval with p(1-p)/v trials, v the variance of the mean over problems. Raises ValueError for other shapes and values."""
     score_P_K = _array(score_P_K)
     if score_P_K.ndim != 2 or not score_P_K.size: raise ValueError(f"score_P_K has shape {score_P_K.shape}; pass problems x samples, e.g. scores.reshape(30, 16)")
     known_P_K = ~np.isnan(score_P_K)
@@ -105,8 +115,7 @@ def avg_at_k(score_P_K, confidence=0.95):
         v_P = np.array([row.var(ddof=1) for row in rows]) / count_P / n**2
         half = _unseen(count_P.sum(), confidence) if v_P.sum() < 1e-24 else \
             stats.t.ppf((1 + confidence) / 2, v_P.sum() ** 2 / (v_P**2 / (count_P + 1)).sum()) * math.sqrt(v_P.sum())
-    others = interval(mean_P, confidence)
-    if others[0] == others[1]: others = mean - _unseen(n, confidence), mean + _unseen(n, confidence)
+    others = _other_problems(mean_P, confidence)
     clip = lambda low, high: (float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1)))
     return Average(float(mean), clip(mean - half, mean + half), clip(*others), n, int((~known_P_K).sum()), len(score_P_K) - n, float(np.where(known_P_K, score_P_K, 0).mean()))
 
