@@ -61,5 +61,5 @@ def test_a_runs_policy_knows_what_it_was_trained_on(tmp_path):
 
 
 def test_code_is_run(tmp_path):
-    results = evaluate(Evaluation.checked({**TINY, "benchmarks": ["humaneval"], "prompt_style": "text", "max_problems": 3, "max_completion_length": 12, "output_dir": str(tmp_path / "code")}))
-    assert results.table.score.tolist() == [0.0] and results.table.ungraded.tolist() == [0] and len(results.records) == 6
+    results = evaluate(Evaluation.checked({**TINY, "benchmarks": ["humaneval"], "prompt_style": "text", "max_problems": 2, "max_completion_length": 12, "output_dir": str(tmp_path / "code")}))
+    assert results.table.score.tolist() == [0.0] and results.table.ungraded.tolist() == [0] and len(results.records) == 4
