@@ -118,7 +118,7 @@ def grades_of(name: str, rows: Sequence[Row], texts: Sequence[str]) -> list[Grad
     "One grade a completion, by the benchmark's own grader. Raises ValueError when the grader misbehaves."
     grader = grader_of(name)
     if grader == "accuracy":
-        return grades(texts, [row.columns["answer"] for row in rows])
+        return grades(texts, [row.columns["answer"] for row in rows], [row.prompt if isinstance(row.prompt, list) else row.prompt + row.cue for row in rows])
     if grader == "code_accuracy":
         judged = verdicts([r.prompt for r in rows], [as_completion(r.prompt, t) for r, t in zip(rows, texts)], **by_name([r.columns for r in rows]))
         return [Grade(float(v.passed), None, "right" if v.passed else re.split(": | \\(", v.reason)[0]) for v in judged]

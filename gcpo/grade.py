@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEMORY', 'GROWN', 'JUDGES', 'CORES', 'pool', 'LONGEST', 'last_boxed', 'last_expression', 'answer_text', 'tidy',
-           'parts', 'plain_number', 'same_number', 'text_key', 'settle', 'expression', 'region', 'same_region', 'agree',
-           'canonical', 'judge', 'gym_score', 'serve', 'Worker', 'Pool', 'Grade', 'gold_text', 'grade', 'grade_all']
+           'parts', 'plain_number', 'same_number', 'text_key', 'same_numeral', 'settle', 'expression', 'region',
+           'same_region', 'agree', 'canonical', 'judge', 'gym_score', 'serve', 'Worker', 'Pool', 'Grade', 'gold_text',
+           'grade', 'grade_all']
 
 # %% ../nbs/05_grade.ipynb #60179b4e
 import atexit, importlib.util, json, os, queue, re, select, subprocess, sys, threading, time
@@ -15,14 +16,15 @@ from fractions import Fraction
 from functools import lru_cache
 
 # %% ../nbs/05_grade.ipynb #65e7844c
-_MARK = re.compile(r"\\boxed\s*\{|\\\\(?!boxed)|\\[{}]|[{}]")
+_MARK = re.compile(r"\\boxed\s*(?:\{|(?P<bare>-?\d+(?:\.\d+)?|[A-Za-z](?![A-Za-z])))|\\\\(?!boxed)|\\[{}]|[{}]")
 
 
 def last_boxed(text):
     r"The content of the last complete `\boxed{…}` in `text`, or None. Linear in the length of the text."
     opened, content = [], None
     for mark in _MARK.finditer(text):
-        if mark[0] == "{" or mark[0].startswith(r"\boxed"): opened.append(mark)
+        if mark["bare"]: content = mark["bare"]
+        elif mark[0] == "{" or mark[0].startswith(r"\boxed"): opened.append(mark)
         elif mark[0] == "}" and opened:
             start = opened.pop()
             if start[0] != "{": content = text[start.end():mark.start()]
@@ -31,8 +33,8 @@ def last_boxed(text):
 # %% ../nbs/05_grade.ipynb #d147dd2a
 _MATH = re.compile(r"\$\$(?P<a>[^$]{1,2000})\$\$|(?<!\\)\$(?P<b>[^$\n]{1,1000})(?<!\\)\$|\\\((?P<c>.{1,1000}?)\\\)|\\\[(?P<d>.{1,2000}?)\\\]", re.DOTALL)
 _DIGITS = r"(?<!\d)(?<!\d[.,:])\d+(?:[.,:]\d+)*(?!\d|[.,:]\d)|(?<!\d)\.\d+(?!\d)"
-_ATOM = rf"-?(?:\\?sqrt|pi|π|√|[a-zA-Z](?![a-zA-Z])|{_DIGITS}|[()])+(?:\s?(?:\\?%|°))?"
-_PLAIN = re.compile(rf"(?<![\w.\\])[-−]?{_ATOM}(?:\s*[-−+*/^×÷=]\s*{_ATOM})*(?!\w)")
+_ATOM = rf"-?(?:\\?sqrt|pi|π|√|[a-zA-Z](?![a-zA-Z])|{_DIGITS}|[()])+(?:\s?(?:\\?%|°)|\s(?:thousand|(?:m|b|tr)illion)s?\b)?"
+_PLAIN = re.compile(rf"(?<![\w.\\])[-−]?{_ATOM}(?:\s*[-−+*/^×÷=]\s*{_ATOM})*(?:(?:st|nd|rd|th)(?=\W*\Z))?(?!\w)")
 _WORD = re.compile(r"(?<![\\a-zA-Z{])[a-zA-Z]{3,}")
 
 
@@ -61,17 +63,24 @@ def answer_text(text, boxed_only=False):
 # %% ../nbs/05_grade.ipynb #d1685d07
 _SYMBOLS = str.maketrans({"−": "-", "–": "-", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "°": r"^{\circ}", "×": r"\times ", "·": r"\cdot ", "÷": "/", "±": r"\pm ", "≤": r"\leq ",
                           "≥": r"\geq ", "≠": r"\neq ", "∈": r"\in ", "π": r"\pi ", "ℝ": r"\mathbb{R}", "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "∀": r"\forall ", "∃": r"\exists ",
-                          "∅": r"\emptyset ", "，": ",", "；": ";", "：": ":", "（": "(", "）": ")", "％": "%", "\u00a0": " ", "’": "'"})
+                          "∅": r"\emptyset ", "，": ",", "；": ";", "：": ":", "（": "(", "）": ")", "％": "%", "\u00a0": " ", "’": "'", "≈": r"\approx "})
 _TYPOGRAPHY = [(re.compile(pattern), new) for pattern, new in [
-    (r"\\(?:left|right|[bB]igg?[lr]?)\s*\.", ""), (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|boldsymbol)(?![a-zA-Z])", ""),
+    (r"(?:\\\\)+\s*(?:\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in)\s*\]\s*)?", "\0"), (r"\\(?:left|right|[bB]igg?[lr]?)\s*\.", ""), (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|boldsymbol)(?![a-zA-Z])", ""),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"\\frac\s+", r"\\frac"), (r"\\(?:leqslant|le)(?![a-zA-Z])", r"\\leq"), (r"\\(?:geqslant|ge)(?![a-zA-Z])", r"\\geq"),
     (r"\\lt(?![a-zA-Z])", "<"), (r"\\gt(?![a-zA-Z])", ">"), (r"\\ne(?![a-zA-Z])", r"\\neq"), (r"\\(?:mid|vert)(?![a-zA-Z])", "|"), (r"\\varnothing", r"\\emptyset"),
     (r"\\lg(?![a-zA-Z])", r"\\log_{10}"), (r"\\to(?![a-zA-Z])", " "), (r"(\d)(?:\{,\}|\\[,!:;]|,\\!)\s*(?=\d{3}(?!\d))", r"\1,"), (r"\\[;:!,]|\\ |~|\\q?quad(?![a-zA-Z])", " "),
+    (r"\\(?:text)?color(?:box)?\s*\{[a-zA-Z\d!]*\}|\\(?:underline|uline|fbox|boxed|bm|mathit|emph)(?=\s*\{)|\\(?:bf|rm|it|sf|tt|bfseries)(?![a-zA-Z])", ""),
+    (r"\\degree(?![a-zA-Z])", r"^{\\circ}"), (r"\\(?:simeq|thickapprox)(?![a-zA-Z])", r"\\approx"), (r"^[\s$]*(?:[a-zA-Z]?(?:_\{?\w+\}?)?\s*\\approx(?![a-zA-Z])|=)", ""), (r"(?<=\S)\s*\\approx(?![a-zA-Z]).*", ""),
+    (r"\[\s*(\\begin\s*\{(?:small)?(?:matrix|array)\}.*?\\end\s*\{(?:small)?(?:matrix|array)\})\s*\]", r"\1"), (r"\\(begin|end)\s*\{smallmatrix\}", r"\\\1{matrix}"),
     (r"\\_", "_"), (r"\*\*", " "), (r"\\[()\[\]]", " "), (r"(?<!\\)\$", " "), (r"\\(?:textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|operatorname)\s*\{", r"\\text{"),
-    (r"\^\s*\{?\s*\\circ\s*\}?", r"^{\\circ}"), (r"\{\s*(\\(?:log|ln|sin|cos|tan))\s*\}", r"\1 "), (r"√\s*\(?(\w+)\)?", r"\\sqrt{\1}"), (r"(?<![a-zA-Z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
-    (r"(?<=\d)[eE]([-+]?\d+)(?![\d.])", r" \\times 10^{\1}"), (r"\s+", " ")]]
+    (r"(?<=\d)\s*\^\s*\{?\s*(?:\\text\s*\{\s*)?(?:st|nd|rd|th)\s*\}{1,2}", ""), (r"^(\s*-?\d+)(?:\\text\s*\{\s*)?(?:st|nd|rd|th)\s*\}?([\s.]*)$", r"\1\2"),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))", r"^{\\circ}"), (r"\{\s*(\\(?:log|ln|sin|cos|tan))\s*\}", r"\1 "), (r"√\s*\(?(\w+)\)?", r"\\sqrt{\1}"), (r"(?<![a-zA-Z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"), (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
+    (r"(?<=\d)[eE]([-+]?\d+)(?![\d.])", r" \\times 10^{\1}"), (r"\s+", " "), (r" ?\0 ?", r"\\\\")]]
 _LEAD = re.compile(r"^\s*(?:\\text\{)?(?:so |thus |hence |therefore,? )?(?:the )?(?:correct |final |right )?(?:answer|choice|option)(?: is|:)\s*:?\s*\}?", re.IGNORECASE)
 _OPENING, _CLOSING = re.compile(r"(?<!\\)\{"), re.compile(r"(?<!\\)\}")
+_BRACED = re.compile(r"\{([^{},\\]*)\}")
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALE = re.compile(rf"(\d[\d,]*(?:\.\d+)?)\s*(\\text\s*\{{)?\s*({'|'.join(_SCALES)})s?\b\s*(\}})?")
 _REPEATS = re.compile(r"(?<![\d.])(\d*)\.(\d*)\\overline\s*\{(\d+)\}")
 
 
@@ -81,12 +90,20 @@ def _repeating(match):
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
+def _scaled(match):
+    number, opened, scale, closed = match.groups()
+    value = Fraction(number.replace(",", "")) * 10 ** _SCALES[scale]
+    if value.denominator != 1: return match[0]
+    return f"{value}{' ' + opened if opened and not closed else '' if opened else (closed or ' ')}"
+
+
 @lru_cache(4096)
 def tidy(answer):
     "An answer without its typography: same mathematics, fewer ways of writing it."
     text = _LEAD.sub("", answer.translate(_SYMBOLS), count=1)
     for pattern, new in _TYPOGRAPHY: text = pattern.sub(new, text)
-    text = _REPEATS.sub(_repeating, text).strip()
+    text = _SCALE.sub(_scaled, _REPEATS.sub(_repeating, text)).strip()
+    if braced := _BRACED.fullmatch(text): text = braced[1].strip()
     while text.endswith((".", ",", ";")) or text.endswith("}") and len(_OPENING.findall(text)) < len(_CLOSING.findall(text)): text = text[:-1].rstrip()
     return text
 
@@ -98,6 +115,8 @@ _UNITS = {name: names.split()[0] for names in ("centimeter cm centimetre", "mill
           "dollar", "cent", "euro", "degree deg", "radian rad", "celsius", "fahrenheit", "mph", "mpg", "kmh km/h", "unit") for name in names.split()}
 _NOT_UNIT = re.compile(r"\d|\b(?:is|are|not|no|none|if|when|where|for|all|any|or|and|with|times|to|than|base|even|odd|mod|most|least|million|billion|thousand|hundred|dozen|percent|pi|sqrt|x|y|n|k)\b")
 _TEXT_UNIT = re.compile(r"^(.*[\w})%])\s*\\text\s*\{\s*([^{}]*?)\s*\}\s*(?:\^\s*\{?\s*([23])\s*\}?)?$", re.DOTALL)
+_CLOCK = re.compile(r"(\d{1,2}):(\d\d)\s*(?:\\text\s*\{)?\s*(?:([AaPp])\.?\s*[Mm]\.?)?\s*\}?")
+_BASED = re.compile(r"([\dA-F]+)_\s*\{?\s*(\d{1,2})\s*\}?")
 _BARE_UNIT = re.compile(r"^(-?(?:[\d.,/]+|\\frac\{\d+\}\{\d+\}))\s*((?<=\s)[a-zA-Z]{3,}(?:\s[a-z]{2,}){0,2}|mm|cm|km|kg|ft|lb|yd|mph)(?:\s*\^\s*\{?([23])\}?)?$")
 
 
@@ -116,8 +135,9 @@ def parts(answer):
     text, letter, unit = re.sub(r"^\\text\s*\{([^{}]*)\}$", r"\1", tidy(answer)).strip(), "", ""
     choice = _CHOICE.match(_TEXT_CHOICE.sub(lambda m: m[1] if m[1][-1] in ").:" else m[1] + ")", text, count=1)) or re.fullmatch(r"([A-H])()", text)
     if choice: letter, text = choice[1], tidy(choice[2])
+    if clock := _CLOCK.fullmatch(text): return letter, f"{int(clock[1])}:{clock[2]}" + (f" {clock[3].lower()}m" if clock[3] else ""), ""
     if extreme := re.fullmatch(r"[^=<>]*_\s*\{?\s*(?:\\|\\text\{)?(?:max|min)\s*\}*\s*=([^=]+)", text): text = extreme[1].strip()
-    if degrees := re.fullmatch(r"(.*[\w})])\s*\^\{\\circ\}\s*(?:\\text\{)?\s*([CF]?)\s*\}?", text): text, unit = degrees[1], {"C": "celsius^1", "F": "fahrenheit^1"}.get(degrees[2], "degree^1")
+    if degrees := re.fullmatch(r"(.*[\w})])\s*\^\{\\circ\}\s*(?:\\text\{\s*([CF])\s*\}|([CF]?))", text): text, unit = degrees[1], {"C": "celsius^1", "F": "fahrenheit^1"}.get(degrees[2] or degrees[3], "degree^1")
     elif text.startswith((r"\$", "€", "£")): text, unit = text.removeprefix(r"\$").lstrip("€£ "), {"€": "euro^1", "£": "unknown"}.get(text[0], "dollar^1")
     elif (match := _TEXT_UNIT.match(text) or _BARE_UNIT.match(text)) and not _NOT_UNIT.search(match[2].lower()): text, unit = match[1], _unit(match[2], match[3])
     return letter, text.strip().rstrip(","), unit
@@ -171,6 +191,16 @@ def _is_words(body):
 def _circled(body):
     return bool(_CIRCLED.search(body)) and not re.sub(r"and|\\text|[{}\s,、;①-⑳]", "", body)
 
+# %% ../nbs/05_grade.ipynb #5f4bd8ef
+def same_numeral(gold, said):
+    "Whether two times of day, or two numerals of which one at least names its base, are the same; None for other bodies."
+    one, other = _CLOCK.fullmatch(gold), _CLOCK.fullmatch(said)
+    if one and other: return one.groups()[:2] == other.groups()[:2] and (one[3] == other[3] or None in (one[3], other[3]))
+    one, other = _BASED.fullmatch(gold), _BASED.fullmatch(said)
+    if one and other: return one.groups() == other.groups()
+    if one and said.isdigit() or other and gold.isdigit(): return (one or other)[1] == (said if one else gold)
+    return None
+
 # %% ../nbs/05_grade.ipynb #30db4276
 def settle(gold, said):
     "Whether an answer is right as far as letters, units, numbers and texts tell: True or False, None where it takes algebra."
@@ -180,24 +210,35 @@ def settle(gold, said):
     if not gold_body or not body: return False
     if "unknown" not in (gold_unit, unit) and gold_unit and unit and gold_unit != unit: return False
     if text_key(gold_body) == text_key(body): return True
+    if (alike := same_numeral(gold_body, body)) is not None: return alike
     gold_number, number = plain_number(gold_body), plain_number(body)
     if gold_number and number: return same_number(gold_number, number)
     if _is_words(gold_body) or _is_words(body) or _circled(gold_body): return False
     return None
 
 # %% ../nbs/05_grade.ipynb #1e5e4973
+_LETTER_D = re.compile(r"(?<![a-zA-Z\\])d(?=\s*\\[a-zA-Z])")
+
+
 @lru_cache(1024)
 def expression(body):
     "The sympy object that a body stands for, or None where there is none."
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy, normalize_latex
     from math_verify.parser import get_last_eq
-    from sympy import Basic, I, MatrixBase, Symbol
+    from sympy import Basic, Eq, FiniteSet, I, MatrixBase, Symbol
+    from sympy.core.relational import Relational
+    from sympy.logic.boolalg import BooleanAtom
+    body = body.replace(r"^{\circ}", "")
     normal = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False)
-    latex = normalize_latex(body, config=normal)
+    latex = normalize_latex(body if r"\int" in body else _LETTER_D.sub("{d}", body), config=normal)
     for text in dict.fromkeys([latex, get_last_eq(latex)]):
         try: found = latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False))
         except Exception: continue
-        if isinstance(found, (Basic, MatrixBase)): return found.xreplace({Symbol("i", real=True): I, Symbol("i"): I})
+        if not isinstance(found, (Basic, MatrixBase)): continue
+        if any(letter.name == "i" for letter in found.free_symbols):
+            if isinstance(found, Eq) and isinstance(found.rhs, FiniteSet): found = FiniteSet(*(Eq(found.lhs, one, evaluate=False) for one in found.rhs))
+            found = found.xreplace({letter: I if letter.name == "i" else Symbol(letter.name) if found.has(Relational) else letter for letter in found.free_symbols})
+        if not any(isinstance(one, BooleanAtom) for one in (found, *(found.args if isinstance(found, FiniteSet) else ()))): return found
     return None
 
 # %% ../nbs/05_grade.ipynb #ac5587f4
@@ -210,7 +251,7 @@ _RELATION = re.compile(r"[<>|]|\\(?:leq|geq|neq|cup|infty|in)(?![a-zA-Z])")
 
 def _piece(text):
     "(variable or None, set) of one interval, relation or chain of relations; raises ValueError for anything else."
-    from sympy import And, FiniteSet, Eq, Interval, S
+    from sympy import And, Complement, FiniteSet, Eq, Interval, S, Set
     from sympy.core.relational import Relational
     text = text.strip()
     variable, _, inside = text.partition(r"\in ") if re.match(r"^[a-zA-Z]\s*\\in ", text) else ("", "", text)
@@ -220,6 +261,8 @@ def _piece(text):
         return variable.strip() or None, Interval(low, high, interval[1] == "(", interval[4] == ")")
     if re.fullmatch(r"\\mathbb\s*\{?\s*R\s*\}?", inside.strip()): return variable.strip() or None, S.Reals
     found = expression(text)
+    if isinstance(found, Complement): return None, found
+    if isinstance(found, Eq) and found.lhs.is_Symbol and isinstance(found.rhs, Set): return found.lhs.name, found.rhs
     if not isinstance(found, Relational) and type(found).__name__ != "And": raise ValueError
     pieces = found.args if type(found).__name__ == "And" else [found]
     symbols = {symbol for piece in pieces for symbol in piece.free_symbols}
@@ -261,6 +304,16 @@ def _bracket(body):
     return (match[1] + match[3]).replace("\\", "")
 
 
+def _stated(expr, right=False):
+    "What an expression states as an answer: a chain of equations without letters its last member if all of them hold (or it is the right answer); other relations without letters nothing (None); all else itself."
+    from sympy import And, Eq, FiniteSet
+    from sympy.core.relational import Relational
+    links = expr._unsorted_args if isinstance(expr, And) else tuple(expr) if isinstance(expr, FiniteSet) else (expr,)
+    bare = [isinstance(link, Relational) and not link.free_symbols for link in links]
+    if not (all(bare) or isinstance(expr, FiniteSet) and any(bare)) or expr == FiniteSet(): return expr
+    return links[-1].rhs if not isinstance(expr, FiniteSet) and all(isinstance(link, Eq) for link in links) and (right or _truthful(expr)) else None
+
+
 def _truthful(expr):
     "Whether equations state a value: those without letters hold, and none is of the form `... = 0` with a sum or product on its left."
     from sympy import Eq
@@ -275,9 +328,10 @@ def _apart(g, s):
     if not (isinstance(g, Expr) and isinstance(s, Expr)): return False
     symbols = sorted(g.free_symbols | s.free_symbols, key=str)
     point = {symbol: Rational(1009 + 97 * i, 787 + 13 * i) for i, symbol in enumerate(symbols)}
-    try: a, b = (complex(e.xreplace(point).evalf(15)) for e in (g, s))
+    try:
+        a, b = (complex(e.xreplace(point).evalf(15)) for e in (g, s))
+        return a == a and b == b and all(abs(a - scale * b) > 1e-3 * max(abs(a), abs(scale * b)) for scale in (1, 100, 0.01))
     except Exception: return False
-    return a == a and b == b and all(abs(a - scale * b) > 1e-3 * max(abs(a), abs(scale * b)) for scale in (1, 100, 0.01))
 
 
 def _verify(gold, said):
@@ -288,11 +342,14 @@ def _verify(gold, said):
 def agree(gold, said):
     "Whether two bodies are equal as mathematics; None where the right one has no reading."
     from math_verify.grader import is_assignment_relation
-    from sympy import Eq, Expr, Float, N, simplify
+    from sympy import Eq, Expr, Float, N, Symbol, simplify
     alike, g = same_region(gold, said), expression(gold)
     if alike is not None: return alike
+    g = None if g is None else _stated(g, right=True)
     if g is None: return False if _RELATION.search(gold) and region(gold) else None
     s = expression(said)
+    s = None if s is None else _stated(s)
+    if isinstance(g, Symbol) and isinstance(s, Expr): s = simplify(s.doit())
     if _apart(g, s): return False
     if s is None or _bracket(gold) and _bracket(said) and _bracket(gold) != _bracket(said): return False
     if isinstance(g, Eq) and isinstance(s, Eq) and not (is_assignment_relation(g) and is_assignment_relation(s)) and all(isinstance(side, Expr) for side in g.args + s.args):
@@ -301,7 +358,7 @@ def agree(gold, said):
     if not _verify(g, s) or not _truthful(s): return False
     if not (g.is_number and s.is_number) if hasattr(g, "is_number") and hasattr(s, "is_number") else True: return True
     if not (g.has(Float) or s.has(Float)): return True
-    a, b = complex(N(g)), complex(N(s))
+    a, b = complex(N(g.doit())), complex(N(s.doit()))
     return any(abs(a - scale * b) <= 1e-4 * max(abs(a), abs(scale * b)) for scale in (1, 100, 0.01))
 
 # %% ../nbs/05_grade.ipynb #b11e93e7
@@ -310,14 +367,17 @@ def _plain_key(said):
     letter, body, _ = parts(said)
     if letter: return letter
     if number := plain_number(body): return str(number[0])
+    if _CLOCK.fullmatch(body) or _BASED.fullmatch(body): return re.sub(r"[{}\s]", "", body)
     return text_key(body) if _is_words(body) or _circled(body) else None
 
 
 def _form(expr):
-    from sympy import Eq, FiniteSet, Float, Rational, expand
+    from sympy import Eq, FiniteSet, Float, Rational, expand, nan, zoo
+    from sympy.logic.boolalg import BooleanAtom
     if isinstance(expr, FiniteSet): return "{" + ", ".join(sorted(_form(e) for e in expr.args)) + "}"
     if isinstance(expr, Eq) and (expr.lhs.is_Symbol or expr.lhs.is_Function): return _form(expr.rhs)
     done = expr.doit()
+    if isinstance(done, BooleanAtom) or done in (nan, zoo): raise ValueError(f"{expr} has no value")
     done = done.xreplace({f: Rational(str(f)) for f in done.atoms(Float)})
     return str(expand(done))
 
@@ -328,18 +388,24 @@ def canonical(said):
     body = parts(said)[1]
     try:
         if _RELATION.search(body) and (found := region(body)): return str(found[1])
-        return _form(expression(body))
+        return _form(_stated(expression(body)))
     except Exception: return text_key(body)
 
 # %% ../nbs/05_grade.ipynb #7b159563
 MEMORY, GROWN = 2 << 30, 400 << 10
 
 
+def _agreed(gold, said):
+    try: return agree(parts(gold)[1], parts(said)[1])
+    except (MemoryError, RecursionError): raise
+    except Exception: return "failed"
+
+
 def judge(golds, said):
-    "The best verdict over several right answers (right, wrong, or unread where none of them can be read), and the key of the answer."
+    "The best verdict over several right answers (right; failed, where a comparison stumbled; wrong; unread, where none of them can be read), and the key of the answer."
     found = [settle(gold, said) for gold in golds]
-    found = [agree(parts(gold)[1], parts(said)[1]) if told is None else told for told, gold in zip(found, golds)] if True not in found else [True]
-    return "right" if True in found else "wrong" if False in found else "unread", canonical(said)
+    found = [_agreed(gold, said) if told is None else told for told, gold in zip(found, golds)] if True not in found else [True]
+    return "right" if True in found else "failed" if "failed" in found else "wrong" if False in found else "unread", canonical(said)
 
 
 @lru_cache(None)
@@ -387,7 +453,7 @@ def serve():
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try: verdict, key = JUDGES[name](*args)
         except (MemoryError, RecursionError): verdict, key = "gave up", None
-        except Exception: verdict, key = "wrong", None
+        except Exception: verdict, key = "failed", None
         signal.setitimer(signal.ITIMER_PROF, 0)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > GROWN
         print(json.dumps([verdict, key, grown]), file=out)
@@ -490,7 +556,7 @@ os.register_at_fork(after_in_child=pool.forget)
 # %% ../nbs/05_grade.ipynb #7d334aa5
 @dataclass(frozen=True)
 class Grade:
-    "`score` 1.0, 0.0, or None where the right answer cannot be read; `answer` a key for votes, None if there was none; `reason` right, wrong, no answer, gold not parseable, timed out."
+    "`score` 1.0, 0.0, or None where the right answer cannot be read; `answer` a key for votes, None if there was none; `reason` right, wrong, no answer, gold not parseable, timed out, grader failed."
     score: float | None
     answer: str | None
     reason: str
@@ -543,7 +609,7 @@ def _asked(golds, said, seconds, told):
         readable = any(plain_number(parts(gold)[1]) or _readable(gold, seconds) for gold in golds)
         return Grade(0.0, text_key(parts(said)[1]), "timed out") if readable else Grade(None, text_key(parts(said)[1]), "gold not parseable")
     verdict, key = asked
-    return Grade({"right": 1.0, "wrong": 0.0, "unread": None}[verdict], key, "gold not parseable" if verdict == "unread" else verdict)
+    return Grade({"right": 1.0, "unread": None}.get(verdict, 0.0), key or text_key(parts(said)[1]), {"unread": "gold not parseable", "failed": "grader failed"}.get(verdict, verdict))
 
 # %% ../nbs/05_grade.ipynb #1faaf9a7
 def grade_all(pairs, seconds=5, workers=None, progress=False, boxed_only=False):
