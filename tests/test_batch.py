@@ -156,7 +156,7 @@ def test_kill_9(victim, tmp_path, toy):
 
 def test_ctrl_c_ends_everything_and_says_how_to_go_on(tmp_path, toy):
     file = write(tmp_path / "s.yaml", notebook="toy", parameters=dict(steps=400, pause=0.25, trainer=True), seeds=[0, 1, 2])
-    process = command(toy, "run", file, "--dir", tmp_path / "sweep", "--workers", "2")
+    process = command(toy, "run", file, "--dir", tmp_path / "sweep", "--workers", "2", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a test in the background inherits a SIGINT that is ignored
     until(lambda: len(list(tmp_path.glob("sweep/*/metrics.jsonl"))) == 2)
     assert len(marked(tmp_path / "sweep")) == 4, "two kernels and their trainers"
     process.send_signal(signal.SIGINT)
