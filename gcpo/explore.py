@@ -23,6 +23,7 @@ import ipywidgets as widgets
 import pandas as pd
 import plotly.graph_objects as go
 import torch
+from IPython import get_ipython
 from IPython.display import display
 
 from .collider import DRAWS, TEMPLATES, Collider
@@ -123,17 +124,19 @@ class Application(_Shell):
         "What stands for the figure where it cannot be drawn."
         return ""
 
-    def static(self, draw: bool = True) -> tuple[str, str]:
-        "The static picture and the class of its live counterpart, see `stand_in`; `draw` takes seconds."
+    def static(self, draw: bool = True, address: str | None = None) -> tuple[str, str]:
+        "The static picture and the class of its live counterpart, see `stand_in`; `draw` takes seconds. `address`: None is what is shown now."
         drawn = picture_html(self.figure, self.what) if self.figure is not None and draw else ""
-        return stand_in(self.message.value + (drawn or self.instead()) + self.body(), self.what, self.theme, self.message.value + self.body())
+        return stand_in(self.message.value + (drawn or self.instead()) + self.body(), self.what, self.theme, self.message.value + self.body() if address is None else address)
 
     def _ipython_display_(self) -> None:
-        shown, live = self.static(draw=not has_frontend())
+        address, publisher = self.message.value + self.body(), get_ipython().display_pub   # what is shown and where, for the thread: both may be others by then
+        shown, live = self.static(not has_frontend(), address)
         self.root.add_class(live)
         still = display({"text/html": shown, "text/plain": f"<{self.what}>"}, raw=True, display_id=True)
+        later = lambda: publisher.publish({"text/html": self.static(True, address)[0], "text/plain": f"<{self.what}>"}, transient={"display_id": still.display_id}, update=True)
         if has_frontend() and self.figure is not None:
-            threading.Thread(target=lambda: still.update({"text/html": self.static()[0], "text/plain": f"<{self.what}>"}, raw=True), daemon=True).start()
+            threading.Thread(target=later, daemon=True).start()
         display({"application/vnd.jupyter.widget-view+json": {"version_major": 2, "version_minor": 0, "model_id": self.root.model_id}, "text/html": "", "text/plain": ""}, raw=True)
 
     def to_html(self, path: str | Path) -> Path:
