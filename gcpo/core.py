@@ -364,12 +364,12 @@ def check_directory(config: Parameters, free: Sequence[str] = ("output_dir",)) -
     return directory
 
 
-def write_manifest(directory: Path, config: Parameters) -> None:
-    "Write manifest.json (parameters, environment, start), and the uncommitted diff of the checkout beside it, unless there is one."
+def write_manifest(directory: Path, config: Parameters, free: Sequence[str] = ("output_dir",)) -> None:
+    "Write manifest.json (parameters but those in `free`, environment, start), and the uncommitted diff of the checkout beside it, unless there is one."
     if not (directory / "manifest.json").exists():
         if diff := uncommitted():
             write_atomic(directory / "uncommitted.diff", diff)
-        told = json.loads(config.model_dump_json(exclude={"output_dir"}))
+        told = json.loads(config.model_dump_json(exclude={*free}))
         write_atomic(directory / "manifest.json", json.dumps(dict(config=told, environment=environment(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z")), indent=2))
 
 # %% ../nbs/00_core.ipynb #0cbe14d7
