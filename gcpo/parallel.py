@@ -75,8 +75,8 @@ def end_with_parent() -> None:
 
 
 def launched() -> bool:
-    "Whether a launcher (accelerate launch, torchrun) has started this process as one of several."
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+    "Whether a launcher (accelerate launch, torchrun) has started this process as one of several, or was asked to by `accelerate_launch`."
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 or "GCPO_LAUNCHED" in os.environ
 
 
 def join(expected: int = 1, device: str = "") -> World:
@@ -84,7 +84,7 @@ def join(expected: int = 1, device: str = "") -> World:
     size = int(os.environ.get("WORLD_SIZE", 1))
     if expected > 1 and size != expected:
         raise ValueError(f"num_processes={expected}, but {size} started: start them with `accelerate launch --multi_gpu --num_processes {expected} -m gcpo.train` or a configuration file, or leave num_processes out. "
-                         "(accelerate's --cpu starts one whatever one asks for)")
+                         "(With --cpu or distributed_type: MULTI_CPU accelerate starts one whatever one asks for.)")
     if size == 1:
         return World()
     strategy()
@@ -336,7 +336,7 @@ def accelerate_launch(module: str, arguments: Sequence[str], processes: int, con
     how = ["--config_file", configuration] if configuration else ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [sys.executable, "-m", "gcpo.parallel", *how, "--num_processes", str(processes), "--main_process_port", "0", "-m", module, *arguments]
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": threads}
+    environment = {**os.environ, "GCPO_LAUNCHED": "1", "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", "OMP_NUM_THREADS": threads}
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, errors="replace", env=environment)
     printed, last = queue.Queue(), deque(maxlen=200)
     threading.Thread(target=_read_lines, args=(running.stdout, printed), daemon=True).start()

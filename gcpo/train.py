@@ -44,7 +44,7 @@ from .kl import phi_autoregressive, phi_ess, phi_tokenwise, reading_metrics, ref
 from .loss import dr_grpo_loss, gcpo_loss, grpo_loss, gvpo_loss
 from .parallel import (ElsewhereError, ProcessesError, accelerate_launch, alike, by_first, distribute, gather, join, kept_reference, launched, learn_together, leave, load_state, load_weights_together, micro_batches,
                            others_ended, share, strategy, sum_gradients, whole, whole_state, whole_tensor, world)
-from .policy import Policy, for_sampling, load_policy, reference_of, save_policy, save_weights
+from .policy import Policy, for_sampling, load_policy, save_policy, save_weights
 from .reward import as_completion, by_name, load_reward, name_of, random_reward, reward_table
 from .sample import Sampling, rollout, sample_groups
 from .score import groups_logp
@@ -877,7 +877,7 @@ def read_run(run_dir: str | Path):
 # %% ../nbs/30_train.ipynb #ae158bb9
 def main() -> None:
     "The command gcpo-train, and what `accelerate launch -m gcpo.train` runs in each process."
-    who = f" in process {os.environ['RANK']}" if launched() else ""
+    who = f" in process {os.environ.get('RANK', 0)}" if launched() else ""
     try:
         config = from_arguments(Config, sys.argv[1:], "gcpo-train", "Train a policy with GCPO or one of its relatives.")
         run_dir = launch(config) if config.num_processes > 1 and not launched() else train(config)
@@ -908,7 +908,7 @@ def launch(config: Config) -> Path:
             started = max([started, *map(int, re.findall(r"^(\d+) processes, ", told))])
             bar.update((min(len(read_metrics(metrics)), config.max_steps) if metrics.exists() else 0) - bar.n)
     if started != config.num_processes:
-        raise ProcessesError(f"num_processes={config.num_processes}, but {started} trained: does '{config.accelerate_config}' say distributed_type: MULTI_GPU or FSDP, and use_cpu: false?")
+        raise ProcessesError(f"num_processes={config.num_processes}, but {started} trained: does '{config.accelerate_config}' say distributed_type: MULTI_GPU or FSDP?")
     return Path(config.output_dir)
 
 
