@@ -368,12 +368,12 @@ def check_directory(config: Parameters, free: Sequence[str] = ("output_dir",), *
     return directory
 
 
-def write_manifest(directory: Path, config: Parameters, **more: Any) -> None:
-    "Write manifest.json (parameters, environment, start, and `more`), and the uncommitted diff of the checkout beside it, unless there is one."
+def write_manifest(directory: Path, config: Parameters, free: Sequence[str] = ("output_dir",), **more: Any) -> None:
+    "Write manifest.json (parameters but those in `free`, environment, start, and `more`), and the uncommitted diff of the checkout beside it, unless there is one."
     if not (directory / "manifest.json").exists():
         if diff := uncommitted():
             write_atomic(directory / "uncommitted.diff", diff)
-        told = json.loads(config.model_dump_json(exclude={"output_dir"}))
+        told = json.loads(config.model_dump_json(exclude={*free}))
         write_atomic(directory / "manifest.json", json.dumps(dict(config=told, environment=environment(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more), indent=2))
 
 # %% ../nbs/00_core.ipynb #0cbe14d7
