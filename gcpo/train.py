@@ -6,11 +6,12 @@
 __all__ = ['METHODS', 'UPSILONS', 'SIMILARITIES', 'WEIGHTINGS', 'REFERENCES', 'TREATMENTS', 'OBJECTIVES', 'UNRECORDED',
            'DataParameters', 'MethodParameters', 'SearchParameters', 'RunParameters', 'Config', 'Clock', 'Recipe',
            'make_recipe', 'NonFiniteError', 'require_finite', 'score_rewards', 'judge', 'influenced', 'centres',
-           'weigh', 'remember', 'refer', 'group_losses', 'update', 'means_by_name', 'Optimiser', 'train_step',
-           'split_by', 'check_references', 'of_all_processes', 'step_metrics', 'evaluate', 'Run', 'restore',
-           'completion_rows', 'write_completions', 'read_completions', 'join_completions', 'write_failed',
-           'check_window', 'rehearse_rewards', 'questions_of_step', 'prepare', 'train', 'check_shares', 'line',
-           'finish', 'search_settings', 'train_by_search', 'read_run', 'main', 'launch', 'summary']
+           'weigh', 'remember', 'refer', 'group_losses', 'update', 'means_by_name', 'accelerator_of', 'Optimiser',
+           'train_step', 'split_by', 'check_references', 'of_all_processes', 'step_metrics', 'evaluate', 'Run',
+           'restore', 'check_trackers', 'Log', 'completion_rows', 'write_completions', 'read_completions',
+           'join_completions', 'write_failed', 'check_window', 'rehearse_rewards', 'questions_of_step', 'prepare',
+           'train', 'check_shares', 'line', 'finish', 'search_settings', 'train_by_search', 'read_run', 'main',
+           'launch', 'summary']
 
 # %% ../nbs/30_train.ipynb #b8844c4b
 import json
@@ -37,7 +38,7 @@ from tqdm.auto import tqdm
 from .advantage import clipped, flip_rate, group_advantage, has_signal, product, sign_aware
 from .benchmark import grader_of, load_rows, stops_of
 from .collider import DRAWS, ENCODINGS, ORDERS, TEMPLATES, Collider, contexts_logp, continue_contexts, dependence, encode, integrate
-from .core import Group, MetricsLog, Parameters, check_directory, derive_seed, from_arguments, read_metrics, row_mask, share_heads, write_atomic, write_manifest
+from .core import Group, MetricsLog, Parameters, check_directory, choose, derive_seed, from_arguments, read_metrics, row_mask, share_heads, write_atomic, write_manifest
 from .data import Row, to_query
 from .engine import ENGINES
 from .kl import phi_autoregressive, phi_ess, phi_tokenwise, reading_metrics, reference_mean, reference_ratio, reference_sum, treat_floor, treat_mask
@@ -164,6 +165,8 @@ class RunParameters(SearchParameters):
     logging_steps: int = Field(10, ge=1, description="print a line every so many steps")
     save_steps: int = Field(10, ge=1, description="checkpoint after every so many steps")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    report_to: list[str] = Field([], description="trackers beside metrics.jsonl: tensorboard, trackio, wandb, others of accelerate's")
+    project: str = Field("gcpo", description="what trackers call the project; the run is called as its directory")
     seed: int = Field(0, ge=0, description="of everything")
 
 # %% ../nbs/30_train.ipynb #3ccca4e9
@@ -456,13 +459,18 @@ def means_by_name(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(v) / len(v) for name, v in values.items()}
 
 # %% ../nbs/30_train.ipynb #2ec3e446
+def accelerator_of(config: Config, device: torch.device):
+    "accelerate's Accelerator: autocast, backward, trackers."
+    from accelerate import Accelerator
+    return Accelerator(mixed_precision="bf16" if config.bf16 else "no", cpu=device.type == "cpu", log_with=config.report_to or None, project_dir=config.output_dir)
+
+
 class Optimiser:
     "AdamW, schedule and clipping over a policy's trainable weights."
 
     def __init__(self, policy: Policy, config: Config):
-        from accelerate import Accelerator
         from transformers import get_scheduler
-        self.accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no", cpu=policy.device.type == "cpu")
+        self.accelerator = accelerator_of(config, policy.device)
         self.weights, self.max_norm = policy.trainable(), config.max_grad_norm
         self.adamw = torch.optim.AdamW(self.weights, lr=config.learning_rate, weight_decay=config.weight_decay)
         total = config.max_steps * config.num_iterations
@@ -582,7 +590,7 @@ def evaluate(policy: Policy, queries: Sequence, recipe: Recipe, progress: str = 
             "eval/length": sum(length) / len(length), "eval/truncated": sum(float(g.truncated_G[0]) for g in answered) / len(answered)}
 
 # %% ../nbs/30_train.ipynb #0cf84b6c
-UNRECORDED = ("output_dir", "num_processes", "accelerate_config")  # may change when a run is continued
+UNRECORDED = ("output_dir", "num_processes", "accelerate_config", "report_to", "project")  # may change when a run is continued
 
 
 class Run:
@@ -649,6 +657,31 @@ def _drop_completions(directory: Path, step: int) -> None:
     for part in directory.glob("completions/step-*.parquet"):
         if int(part.stem.split("-")[1]) >= step:
             part.unlink()
+
+# %% ../nbs/30_train.ipynb #ad084868
+def check_trackers(names: Sequence[str]) -> None:
+    "Raises ValueError, with the remedy, for a tracker that accelerate does not know or that is not installed."
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    for name in names:
+        choose(name, LOGGER_TYPE_TO_CLASS, "report_to")
+        if name not in map(str, get_available_trackers()):
+            raise ValueError(f"report_to names {name}, which is not installed: pip install {name}, or leave it out")
+
+
+class Log:
+    "A run's metrics, a row a step: written by the first process, and told to the trackers of its configuration. From `first` on, rows of an earlier start are dropped."
+
+    def __init__(self, run: Run, accelerator, first: int):
+        self.metrics, self.accelerator = by_first(lambda: MetricsLog(run.dir / "metrics.jsonl", keep_below=first)), accelerator
+        who = dict(name=run.dir.resolve().name, resume="allow")
+        told = {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in run.config.model_dump(exclude={"output_dir"}).items()}
+        identity = f"{derive_seed('tracker', str(run.dir.resolve())):x}"
+        accelerator.init_trackers(run.config.project, told, dict(tensorboard=dict(purge_step=first), trackio=who, wandb=dict(**who, id=identity, dir=str(run.dir))))
+
+    def append(self, step: int, **values: float) -> None:
+        "One row. A collective call."
+        by_first(lambda: self.metrics.append(step, **values))
+        self.accelerator.log(values, step=step)
 
 # %% ../nbs/30_train.ipynb #58d5e636
 def completion_rows(policy: Policy, groups: Sequence[Group], recipe: Recipe, step: int) -> list[dict]:
@@ -739,6 +772,7 @@ def questions_of_step(count: int, per_step: int, step: int, seed: int) -> list[i
 # %% ../nbs/30_train.ipynb #30283584
 def prepare(config: Config) -> tuple[Recipe, Policy, list, list]:
     "Check everything and load: recipe, policy, training queries, held-out queries. Nothing is written."
+    check_trackers(config.report_to)
     recipe = make_recipe(config)
     rows, held_out = load_rows(config.data, config.eval_data, config.train_size, config.eval_size, config.seed, config.shots, config.prompt_style == "chat")
     if config.prompts_per_step > len(rows):
@@ -778,7 +812,7 @@ def train(config: Config) -> Path:
         return run.dir
     reference, optimiser = kept_reference(policy) if config.beta > 0 and config.objective != "gvpo" else None, Optimiser(policy, config)
     first = restore(run, policy, optimiser)
-    log = by_first(lambda: MetricsLog(run.dir / "metrics.jsonl", keep_below=first))
+    log = Log(run, optimiser.accelerator, first)
     bar = tqdm(range(first, config.max_steps), initial=first, total=config.max_steps, desc="train", mininterval=1, disable=not place.first)
     try:
         for step in bar:
@@ -786,7 +820,8 @@ def train(config: Config) -> Path:
             held = evaluate(policy, held_out, recipe) if step % config.eval_steps == 0 else {}
             batch = [queries[i] for i in questions_of_step(len(queries), config.prompts_per_step, step, config.seed)]
             groups, metrics = train_step(policy, reference, batch, recipe, optimiser, step)
-            by_first(lambda: (write_completions(run.dir, completion_rows(policy, groups, recipe, step), step), log.append(step, **metrics, **held)))
+            by_first(lambda: write_completions(run.dir, completion_rows(policy, groups, recipe, step), step))
+            log.append(step, **metrics, **held)
             bar.set_postfix_str(told := line(metrics, held))
             if place.first and (held or step % config.logging_steps == 0):
                 tqdm.write(f"step {step:4d}  {told}")
@@ -795,9 +830,8 @@ def train(config: Config) -> Path:
     except FloatingPointError as error:
         failed = error if isinstance(error, NonFiniteError) else NonFiniteError(str(error), step, [])
         raise NonFiniteError(failed.quantity, step, failed.groups, failed.where, write_failed(run.dir, failed)) from None
-    held = evaluate(policy, held_out, recipe)
-    by_first(lambda: log.append(config.max_steps, **held))
-    finish(run, policy)
+    log.append(config.max_steps, **evaluate(policy, held_out, recipe))
+    finish(run, policy, log)
     return run.dir
 
 
@@ -818,8 +852,9 @@ def line(metrics: dict, held: dict) -> str:
     return f"reward {metrics['reward/mean']:.2f}  mixed groups {metrics['groups/mixed']:.0%}{spread_told}  {seconds:.1f} s{held_told}"
 
 # %% ../nbs/30_train.ipynb #f43cb9c5
-def finish(run: Run, policy: Policy) -> None:
-    "Put completions together and save the trained policy, whole or not at all: its directory marks a finished run."
+def finish(run: Run, policy: Policy, log: Log) -> None:
+    "End trackers, put completions together and save the trained policy, whole or not at all: its directory marks a finished run."
+    log.accelerator.end_training()
     with whole(policy) as saved:
         by_first(lambda: _finish(run, saved))
 
@@ -852,7 +887,7 @@ def train_by_search(config: Config) -> Path:
     if run.adapter.is_dir():
         return run.dir
     value = ValueHead(policy.causal_lm.config.get_text_config().hidden_size, seed=config.seed)
-    optimiser, log, last = make_optimiser(policy, value, training), MetricsLog(run.dir / "metrics.jsonl", keep_below=len(rounds)), {}
+    optimiser, log, last = make_optimiser(policy, value, training), Log(run, accelerator_of(config, policy.device), len(rounds)), {}
     if rounds:
         load_round(rounds[-1], policy, value, optimiser)
         last = {name: v for name, v in read_metrics(run.dir / "search")[len(rounds) - 1].items() if name != "step"}
@@ -865,7 +900,7 @@ def train_by_search(config: Config) -> Path:
             tqdm.write(f"round {done}  solved {metrics['search/solved']:.0%}  held out {held['eval/reward']:.1%} [{held['eval/low']:.1%}, {held['eval/high']:.1%}]")
     except FloatingPointError as error:
         raise NonFiniteError(str(error), len(list(run.dir.glob("search/round-*"))), []) from None
-    finish(run, policy)
+    finish(run, policy, log)
     return run.dir
 
 # %% ../nbs/30_train.ipynb #bdbe2ab0
