@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['derive_seed', 'nearest', 'choose', 'Parameters', 'from_namespace', 'read_parameters', 'from_arguments', 'cell',
-           'Query', 'share_heads', 'Group', 'group_table', 'pad', 'row_mask', 'upcast', 'PrefixTree', 'write_atomic',
-           'writable_dir', 'MetricsLog', 'read_metrics', 'uncommitted', 'environment', 'check_directory',
-           'write_manifest', 'data_dir']
+           'Query', 'share_heads', 'Group', 'group_table', 'pad', 'row_mask', 'upcast', 'PrefixTree', 'atomic',
+           'write_atomic', 'writable_dir', 'MetricsLog', 'read_metrics', 'uncommitted', 'environment',
+           'check_directory', 'write_manifest', 'data_dir']
 
 # %% ../nbs/00_core.ipynb #794266b9
 import argparse, difflib, hashlib, json, os, platform, subprocess, time
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Mapping, Sequence, get_args, get_origin
+from typing import Any, BinaryIO, Iterator, Literal, Mapping, Sequence, get_args, get_origin
 
 import torch
 import yaml
@@ -282,14 +283,21 @@ class PrefixTree:
         return sum(len(s) for s in self.segments)
 
 # %% ../nbs/00_core.ipynb #5ccb7e11
-def write_atomic(path: Path, text: str) -> None:
-    "Write `text` so that a reader, or a kill at any moment, sees the old file or the new one, never a part."
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    "Yields a binary file that becomes `path` when the block has ended: a reader, or a kill at any moment, sees the old file or the new one, never a part."
     part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(part, "wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    "Write a text by `atomic`."
+    with atomic(path) as file:
+        file.write(text.encode())
 
 
 def writable_dir(path: str | Path) -> Path:

@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from .advantage import clipped, flip_rate, group_advantage, has_signal, product, sign_aware
 from .benchmark import grader_of, load_rows, stops_of
 from .collider import DRAWS, ENCODINGS, ORDERS, TEMPLATES, Collider, contexts_logp, continue_contexts, dependence, encode, integrate
-from .core import Group, MetricsLog, Parameters, check_directory, choose, derive_seed, from_arguments, read_metrics, row_mask, share_heads, write_atomic, write_manifest
+from .core import Group, MetricsLog, Parameters, atomic, check_directory, choose, derive_seed, from_arguments, read_metrics, row_mask, share_heads, write_atomic, write_manifest
 from .data import Row, to_query
 from .engine import ENGINES
 from .kl import phi_autoregressive, phi_ess, phi_tokenwise, reading_metrics, reference_mean, reference_ratio, reference_sum, treat_floor, treat_mask
@@ -701,9 +701,8 @@ def completion_rows(policy: Policy, groups: Sequence[Group], recipe: Recipe, ste
 def write_completions(directory: Path, rows: list[dict], step: int) -> None:
     import pandas as pd
     (directory / "completions").mkdir(exist_ok=True)
-    final = directory / "completions" / f"step-{step:06d}.parquet"
-    pd.DataFrame(rows).to_parquet(final.with_suffix(".part"))
-    os.replace(final.with_suffix(".part"), final)
+    with atomic(directory / "completions" / f"step-{step:06d}.parquet") as file:
+        pd.DataFrame(rows).to_parquet(file)
 
 
 def read_completions(run_dir: str | Path):
@@ -719,11 +718,9 @@ def join_completions(directory: Path) -> None:
     "Put the parts of all steps together as completions.parquet, one part in memory at a time."
     import pyarrow.parquet as pq
     parts = sorted(directory.glob("completions/step-*.parquet"))
-    final = directory / "completions.parquet"
-    with pq.ParquetWriter(final.with_suffix(".part"), pq.read_schema(parts[0])) as writer:
+    with atomic(directory / "completions.parquet") as file, pq.ParquetWriter(file, pq.read_schema(parts[0])) as writer:
         for part in parts:
             writer.write_table(pq.read_table(part, schema=pq.read_schema(parts[0])))
-    os.replace(final.with_suffix(".part"), final)
     shutil.rmtree(directory / "completions")
 
 # %% ../nbs/30_train.ipynb #af94eb02
