@@ -56,12 +56,15 @@ def at_width(figure: go.Figure, pixels: int = 1150) -> go.Figure:
     return go.Figure(figure).update_layout(width=figure.layout.width or pixels)
 
 
+_DRAWING = threading.Semaphore(2)  # each picture starts a browser: no more than two at a time
+
+
 def picture_html(figure: go.Figure, alt: str) -> str:
     "A figure as an <img> that holds its own data, or an empty string where there is no Chrome or Chromium to draw it."
     import base64
     import warnings
     try:
-        with warnings.catch_warnings():
+        with _DRAWING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             data = at_width(figure).to_image("webp")
     except Exception:  # kaleido has many ways to say that it found no browser
@@ -81,7 +84,7 @@ def stand_in(body: str, what: str, theme: Theme, address: str) -> tuple[str, str
     hide = f"""<style>body:has(.{live}) .{here} {{ display: none }}
 .jp-OutputArea-child:has(.{here}) + .jp-OutputArea-child:not(:has(.{live})) {{ visibility: hidden; height: 0; min-height: 0; overflow: hidden; padding: 0 }}</style>"""
     note = f'<p class="gcpo-muted">{html.escape(what.capitalize())}. This is a static picture: no kernel is alive. Run the cell for the controls.</p>'
-    return f'{hide}<div class="{here}">{style(theme)}<div class="gcpo">{note}{body}</div></div>', live
+    return f'{hide}<div class="{here}">{style(theme)}<div class="gcpo-{theme.name}">{note}{body}</div></div>', live
 
 # %% ../nbs/40_explore.ipynb #98b00e5c
 class _Shell:
@@ -92,7 +95,7 @@ class _Shell:
         self.theme, self.name = choose(theme, THEMES, "theme"), self.what.split(" ")[0]
         self.message, self.figure, self.sheet = widgets.HTML(), None, widgets.HTML(style(self.theme) + _widget_style(self.theme))
         self.root = widgets.VBox([self.sheet, self.message])
-        self.root.add_class("gcpo").add_class("gcpo-app").add_class(f"gcpo-{self.theme.name}")
+        self.root.add_class("gcpo-app").add_class(f"gcpo-{self.theme.name}")
         self.message.add_class("gcpo-messages")
 
     def say(self, text: str = "") -> None:
@@ -124,13 +127,17 @@ class Application(_Shell):
         "What stands for the figure where it cannot be drawn."
         return ""
 
+    def address(self) -> str:
+        "What tells this application as it is shown now from others on the page."
+        return self.message.value + self.body()
+
     def static(self, draw: bool = True, address: str | None = None) -> tuple[str, str]:
-        "The static picture and the class of its live counterpart, see `stand_in`; `draw` takes seconds. `address`: None is what is shown now."
+        "The static picture and the class of its live counterpart, see `stand_in`; `draw` takes seconds. `address`: None is that of now."
         drawn = picture_html(self.figure, self.what) if self.figure is not None and draw else ""
-        return stand_in(self.message.value + (drawn or self.instead()) + self.body(), self.what, self.theme, self.message.value + self.body() if address is None else address)
+        return stand_in(self.message.value + (drawn or self.instead()) + self.body(), self.what, self.theme, address or self.address())
 
     def _ipython_display_(self) -> None:
-        address, publisher = self.message.value + self.body(), get_ipython().display_pub   # what is shown and where, for the thread: both may be others by then
+        address, publisher = self.address(), get_ipython().display_pub   # for the thread: both may be others by then
         shown, live = self.static(not has_frontend(), address)
         self.root.add_class(live)
         still = display({"text/html": shown, "text/plain": f"<{self.what}>"}, raw=True, display_id=True)
@@ -162,6 +169,11 @@ def write_png(figure: go.Figure, path: str | Path) -> Path:
     except (RuntimeError, OSError) as error:
         raise ValueError(f"cannot write the picture '{path}' ({error}); a PNG needs Chrome or Chromium on this machine, to_html does not") from None
     return Path(path)
+
+
+def _recorded(group: Group | Record | str | Path) -> Record:
+    "A group, or the name or file of a recorded one, as a record. Raises ValueError as `load_group`, `as_record`."
+    return as_record(load_group(group) if isinstance(group, (str, Path)) else group)
 
 
 def _opened(make: Callable[[], Application], theme: str) -> Application:
@@ -210,13 +222,24 @@ def row(*controls: widgets.Widget) -> widgets.Box:
 
 
 def live(figure: go.Figure) -> go.FigureWidget:
-    "A figure as a widget, as wide as its place on the page."
-    return go.FigureWidget(figure.update_layout(width=None, autosize=True))
+    "A figure as a widget, as wide as its place on the page, without the button that uploads it."
+    made = go.FigureWidget(figure.update_layout(width=None, autosize=True))
+    made._config = {**made._config, "showSendToCloud": False}
+
+    drawn = set()
+
+    def widen(change: dict) -> None:
+        if edit := change["new"]:
+            if not drawn or edit["trace_edit_id"] in drawn:  # not an answer to a change of ours, but a view that has come
+                made.layout.editrevision = (made.layout.editrevision or 0) + 1
+            drawn.add(edit["trace_edit_id"])
+    made.observe(widen, "_js2py_traceDeltas")
+    return made
 
 
-def framed(figure: go.FigureWidget) -> widgets.Box:
+def framed(figure: go.FigureWidget, narrowest: str = "640px") -> widgets.Box:
     "A live figure's place on the page."
-    made = widgets.Box([figure], layout={"width": "100%", "min_width": "640px", "display": "block"})
+    made = widgets.Box([figure], layout={"width": "100%", "min_width": narrowest, "display": "block"})
     made.add_class("gcpo-figure")
     return made
 
@@ -232,9 +255,9 @@ def transfer(new: go.Figure, shown: go.FigureWidget) -> None:
 class _GroupControls(Application):
     what = "group explorer"
 
-    def __init__(self, group: Group | Record, selected: int | None = None, theme: str = "light", **choices):
+    def __init__(self, record: Record, selected: int | None = None, theme: str = "light", **choices):
         super().__init__(theme)
-        self.record, settings = as_record(group), dict(alpha=2.0, similarity="gaussian", draws=None, rule="projected", weighting="product") | choices
+        self.record, settings = record, dict(alpha=2.0, similarity="gaussian", draws=None, rule="projected", weighting="product") | choices
         weights_table(self.record, **settings)
         self.name = f"group-{self.record.group.query.id}"
         J = self.record.group.Z_G_J_M_D.shape[1] if self.record.group.Z_G_J_M_D.ndim == 4 else 2
@@ -275,7 +298,7 @@ class _GroupViews(_GroupControls):
         "Show the tokens of the selected response (the first, if none is)."
         i = self.selected.value or 0
         try:
-            self.tokens.value = f"<b>y_{i}</b> " + tokens_html(token_table(self.record, i), self.colour.value, self.theme)
+            self.tokens.value = f"<b>y_{i}</b> " + tokens_html(token_table(self.record, i), self.colour.value)
         except ValueError as error:
             self.tokens.value = f'<p class="gcpo-message">no view of tokens: {html.escape(str(error))}</p>'
 
@@ -286,7 +309,7 @@ class _GroupViews(_GroupControls):
         told = ""
         for quantity in list(QUANTITIES)[1:]:
             try:
-                told += matrix_html(self.record, quantity, self.similarity.value, self.theme)
+                told += matrix_html(self.record, quantity, self.similarity.value)
             except ValueError as error:
                 told += f'<p class="gcpo-muted">{html.escape(str(error))}</p>'
         return told
@@ -295,8 +318,8 @@ class _GroupViews(_GroupControls):
 class GroupExplorer(_GroupViews):
     "See `explore_group`. `table()` has the numbers that are shown."
 
-    def __init__(self, group: Group | Record, selected: int | None = None, theme: str = "light", **choices):
-        super().__init__(group, selected, theme, **choices)
+    def __init__(self, record: Record, selected: int | None = None, theme: str = "light", **choices):
+        super().__init__(record, selected, theme, **choices)
         self.figure, self.drawn = live(group_figure(self.record, selected=selected, theme=theme, **self.settings())), (self.similarity.value, selected)
         for bar in self.figure.data[:3]:
             bar.on_click(lambda trace, points, state: setattr(self.selected, "value", points.point_inds[0]) if points.point_inds else None)
@@ -304,7 +327,7 @@ class GroupExplorer(_GroupViews):
             control.observe(self.safely(self.redraw), "value")
         for control in (self.selected, self.colour):
             control.observe(self.safely(self.retell), "value")
-        self.place(row(self.alpha, self.rule, self.similarity, self.draws, self.weighting, self.selected), framed(self.figure), self.numbers, self.cards, row(self.colour, *self.savers()), self.tokens)
+        self.place(row(self.alpha, self.rule, self.similarity, self.draws, self.weighting, self.selected), framed(self.figure, "1000px"), self.numbers, self.cards, row(self.colour, *self.savers()), self.tokens)
         self.redraw()
         self.retell()
 
@@ -313,16 +336,16 @@ def explore_group(group: Group | Record | str, selected: int | None = None, them
     """The application over one group: a Record, a plain Group, or the name of a recorded one. `choices` as in `weights_table`; `selected`: a response to begin with; `theme`: light or dark.
 
     What is wrong with the group is said in the application."""
-    return _opened(lambda: GroupExplorer(load_group(group) if isinstance(group, (str, Path)) else group, selected, theme, **choices), theme)
+    return _opened(lambda: GroupExplorer(_recorded(group), selected, theme, **choices), theme)
 
 # %% ../nbs/40_explore.ipynb #cb533aa7
 class TokenExplorer(Application):
     "See `explore_tokens`. `table()` has the numbers that are shown."
     what = "token explorer"
 
-    def __init__(self, group: Group | Record, i: int = 0, colour: str = "kl_ratio", theme: str = "light"):
+    def __init__(self, record: Record, i: int = 0, colour: str = "kl_ratio", theme: str = "light"):
         super().__init__(theme)
-        self.record = as_record(group)
+        self.record = record
         token_table(self.record, i)
         self.name = f"tokens-{self.record.group.query.id}"
         self.response = choice("response", "response", [(f"y_{k}", k) for k in range(len(self.record))], i)
@@ -343,7 +366,7 @@ class TokenExplorer(Application):
         return token_table(self.record, **self.settings())
 
     def redraw(self) -> None:
-        self.tokens.value = tokens_html(self.table(), self.colour.value, self.theme)
+        self.tokens.value = tokens_html(self.table(), self.colour.value)
         transfer(token_figure(self.record, theme=self.theme.name, **self.settings()), self.figure)
 
     def body(self) -> str:
@@ -352,7 +375,7 @@ class TokenExplorer(Application):
 # %% ../nbs/40_explore.ipynb #1526547d
 def explore_tokens(group: Group | Record | str, i: int = 0, colour: str = "kl_ratio", theme: str = "light") -> Application:
     "The tokens of response i coloured by a column of TOKEN_COLUMNS, and a figure of all columns; what is wrong is said in the application."
-    return _opened(lambda: TokenExplorer(load_group(group) if isinstance(group, (str, Path)) else group, i, colour, theme), theme)
+    return _opened(lambda: TokenExplorer(_recorded(group), i, colour, theme), theme)
 
 # %% ../nbs/40_explore.ipynb #a52b9ac3
 class _ScmControls(Application):
@@ -541,10 +564,15 @@ def compare_runs(run_dirs: Sequence[str | Path], theme: str = "light") -> Applic
     return _opened(lambda: CompareExplorer(run_dirs, theme), theme)
 
 # %% ../nbs/40_explore.ipynb #92c55b48
-def question_query(policy: Policy, question: str, answer: str = ""):
-    "A typed question as a Query: a chat message where the model has a chat template, else plain text whose last line is the cue. Raises ValueError for an empty one."
+def _asked(question: str) -> str:
     if not question.strip():
         raise ValueError("there is no question yet: type one, then press run")
+    return question
+
+
+def question_query(policy: Policy, question: str, answer: str = ""):
+    "A typed question as a Query: a chat message where the model has a chat template, else plain text whose last line is the cue. Raises ValueError for an empty one."
+    _asked(question)
     columns = {"answer": answer} if answer else {}
     if policy.tokenizer.chat_template:
         return to_query(Row("live", [{"role": "user", "content": question.strip()}], columns=columns), policy.tokenizer)
@@ -557,7 +585,7 @@ class _LiveControls(Application):
 
     def __init__(self, policy: Policy | str = "smollm2", question: str = "", answer: str = "", theme: str = "light", substitutes: int = 4):
         super().__init__(theme)
-        self.policy, self.substitutes, self.record, self.thread, self.stopped = policy, substitutes, None, None, threading.Event()
+        self.policy, self.substitutes, self.record, self.shown, self.thread, self.stopped = policy, substitutes, None, None, None, threading.Event()
         self.question = _named(widgets.Textarea(value=question, description="question", layout={"width": "95%"}, rows=3), "question")
         self.answer = _named(widgets.Text(value=answer, description="answer", placeholder="right answer, for the reward"), "answer")
         self.reward = choice("reward", "reward", [n for n in REWARDS if n not in ("random_reward", "length_reward", "compression_reward")], "integer_match")
@@ -575,7 +603,7 @@ class _LiveControls(Application):
 
 # %% ../nbs/40_explore.ipynb #91f5437b
 class LiveExplorer(_LiveControls):
-    "See `explore_live`. `record`: the last group that went through; `thread`: what works on the next."
+    "See `explore_live`. `record`: the last group that went through, and `shown`: its application; `thread`: what works on the next."
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -586,8 +614,7 @@ class LiveExplorer(_LiveControls):
         "Begin in a thread. Raises ValueError while one is at work, and without a question."
         if self.thread is not None and self.thread.is_alive():
             raise ValueError("the last question is still being worked on: wait for it, or press stop")
-        if not self.question.value.strip():
-            raise ValueError("there is no question yet: type one, then press run")
+        _asked(self.question.value)
         self.say()
         self.stopped.clear()
         self.thread = threading.Thread(target=self.safely(self.work), daemon=True)
@@ -609,11 +636,11 @@ class LiveExplorer(_LiveControls):
                     self.stage.value = f"stopped before: {name}"
                     return
                 self.progress.value, self.stage.value = k, f"{k + 1} of {len(STAGES) + 1}: {name}" if name != "done" else "done"
-        self.record, shown = record, GroupExplorer(record, theme=self.theme.name)
-        self.figure, self.result.children = shown.figure, (shown.root,)
+        self.record, self.shown = record, GroupExplorer(record, theme=self.theme.name)
+        self.figure, self.result.children = self.shown.figure, (self.shown.root,)
 
     def body(self) -> str:
-        return f'<pre class="gcpo-question">{html.escape(self.question.value)}</pre>' + (GroupExplorer(self.record, theme=self.theme.name).body() if self.record is not None else "")
+        return f'<pre class="gcpo-question">{html.escape(self.question.value)}</pre>' + (self.shown.body() if self.shown is not None else "")
 
 # %% ../nbs/40_explore.ipynb #497d96c3
 def explore_live(policy: Policy | str = "smollm2", question: str = "", answer: str = "", theme: str = "light") -> Application:
@@ -622,7 +649,7 @@ def explore_live(policy: Policy | str = "smollm2", question: str = "", answer: s
 
 # %% ../nbs/40_explore.ipynb #24cf721f
 _SCRIPT = """const dark = matchMedia('(prefers-color-scheme: dark)');
-function draw() { for (const [id, pair] of Object.entries(FIGURES)) Plotly.react(id, {...pair[dark.matches ? 1 : 0], config: {displaylogo: false, responsive: true}}); }
+function draw() { for (const [id, pair] of Object.entries(FIGURES)) Plotly.react(id, {...pair[dark.matches ? 1 : 0], config: {displaylogo: false, responsive: true, showSendToCloud: false}}); }
 dark.addEventListener('change', draw); draw();"""
 
 
@@ -639,16 +666,15 @@ def _page(title: str, parts: Sequence[str | Callable[[str], go.Figure]]) -> str:
             body.append(f'<section class="gcpo-figure" id="{key}" role="img" aria-label="figure {len(figures)} of {html.escape(title, quote=True)}"></section>')
     data = json.dumps(figures).replace("</", "<\\/")
     wrap = "body { margin: 0; background: %s; color: %s; } main { max-width: 1180px; margin: auto; } section { overflow-x: auto; }"
-    dark = style(DARK).removeprefix("<style>").removesuffix("</style>")
-    sheet = f"{style(LIGHT)}<style>{wrap % (LIGHT.paper, LIGHT.text)}@media (prefers-color-scheme: dark) {{ {dark} {wrap % (DARK.paper, DARK.text)} }}</style>"
+    dark = style(DARK, "gcpo").removeprefix("<style>").removesuffix("</style>")
+    sheet = f"{style(LIGHT, 'gcpo')}<style>{wrap % (LIGHT.paper, LIGHT.text)}@media (prefers-color-scheme: dark) {{ {dark} {wrap % (DARK.paper, DARK.text)} }}</style>"
     scripts = f"<script>{get_plotlyjs()}</script><script>const FIGURES = {data};\n{_SCRIPT}</script>"
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>{sheet}</head>'
             f'<body class="gcpo"><main><h1>{html.escape(title)}</h1>{"".join(body)}</main>{scripts}</body></html>')
 
 # %% ../nbs/40_explore.ipynb #c737f079
-def _group_parts(group: Group | Record, settings: dict, selected: int | None = None) -> tuple[str, list]:
+def _group_parts(record: Record, settings: dict, selected: int | None = None) -> tuple[str, list]:
     "Title and parts of a group's report."
-    record = as_record(group)
     table, told = weights_table(record, **settings), ", ".join(f"{k}: {v}" for k, v in {**record.about, **settings}.items() if v is not None)
     missing = f'<p class="gcpo-message">{html.escape(gaps(table))}</p>' if gaps(table) else ""
     parts = [f'<p class="gcpo-muted">{html.escape(told)}</p>{missing}', cards_html(record, table, selected), numbers_html(table, selected),
@@ -681,10 +707,9 @@ def _parts(what: Any) -> tuple[str, list]:
         case ScmExplorer(): return "The collider", [lambda theme: scm_figure(**what.settings(), theme=theme), what.body()]
         case RunExplorer(): return _run_parts(what.run_dir)
         case CompareExplorer(): return "Runs compared", [lambda theme: compare_figure(what.run_dirs, what.baseline.value, theme), what.body()]
-        case LiveExplorer() if what.record is not None: return _group_parts(what.record, {})
-        case Group() | Record(): return _group_parts(what, {})
+        case LiveExplorer() if what.shown is not None: return _parts(what.shown)
         case str() | Path() if Path(what).is_dir(): return _run_parts(what)
-        case str() | Path(): return _group_parts(load_group(what), {})
+        case Group() | Record() | str() | Path(): return _group_parts(_recorded(what), {})
         case list() | tuple(): return _parts(CompareExplorer(what))
     raise ValueError(f"there is nothing to report of {type(what).__name__}: pass a group, the name of a recorded one, a run directory, a list of them, or an application that shows something")
 

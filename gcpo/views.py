@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LIGHT', 'DARK', 'THEMES', 'RULES', 'QUANTITIES', 'READINGS', 'TOKEN_COLUMNS', 'PREDICTORS', 'Theme', 'luminance',
-           'contrast', 'mix', 'ink', 'shade', 'weights_table', 'gaps', 'dependence_table', 'names_of', 'bar_traces',
-           'matrix_traces', 'frames', 'group_figure', 'answer_span', 'marked', 'style', 'cards_html', 'numbers_html',
-           'matrix_html', 'token_table', 'tokens_html', 'token_figure', 'scm_world', 'scm_table', 'scm_points', 'known',
-           'scm_says', 'scm_traces', 'scm_title', 'scm_figure']
+           'contrast', 'mix', 'ink', 'shade', 'paint', 'weights_table', 'gaps', 'dependence_table', 'names_of',
+           'bar_traces', 'matrix_traces', 'frames', 'group_figure', 'answer_span', 'marked', 'style', 'cards_html',
+           'numbers_html', 'matrix_html', 'token_table', 'tokens_html', 'token_figure', 'scm_world', 'scm_table',
+           'scm_points', 'known', 'scm_says', 'scm_traces', 'scm_title', 'scm_figure']
 
 # %% ../nbs/36_views.ipynb #39cbbe70
 import html
@@ -77,6 +77,12 @@ def shade(value: float, low: float, high: float, theme: Theme = LIGHT) -> str:
         return theme.paper
     share = value / high if value > 0 and high > 0 else value / low if value < 0 and low < 0 else 0.0
     return mix(theme.paper, theme.high if value > 0 else theme.low, 0.75 * min(share, 1.0))
+
+
+def paint(value: float, low: float, high: float) -> str:
+    "A style attribute that holds the colour of `value` and the ink for it in both themes; `style` shows those of its own."
+    colours = {name: shade(value, low, high, theme) for name, theme in THEMES.items()}
+    return 'style="' + ";".join(f"--{name}:{colour};--{name}-ink:{ink(colour)}" for name, colour in colours.items()) + '"'
 
 # %% ../nbs/36_views.ipynb #2c505174
 RULES = {name: UPSILONS.get(name) for name in ("projected", "centroid", "influence", "constant", "ones")}
@@ -246,8 +252,10 @@ def group_figure(group: Group | Record, selected: int | None = None, theme: str 
             figure.add_annotation(row=2, col=column, x=.5, y=.5, text="<br>".join(re.findall(r".{1,34}(?:\s|$)", trace["missing"])), showarrow=False)
         span = max(1e-9, np.nan_to_num(np.abs(trace.get("z", [[1.0]]))).max())
         figure.add_heatmap(row=2, col=column, **{k: v for k, v in trace.items() if k != "missing"}, x=names, y=names, zmin=-span, zmax=span, colorscale=_scale(t), showscale=False,
-                           texttemplate="%{text}", textfont_size=10 if len(record) <= 8 else 8, xgap=1, ygap=1, hovertemplate="%{y}, %{x}: %{z:.4f} ± %{customdata:.4f}<extra></extra>")
+                           texttemplate="%{text}", textfont_size=10 if len(record) <= 6 else 8, xgap=1, ygap=1, hovertemplate="%{y}, %{x}: %{z:.4f} ± %{customdata:.4f}<extra></extra>")
     figure.update_yaxes(autorange="reversed", row=2).update_yaxes(range=[len(record) + .6, .4], dtick=1 if len(record) <= 8 else 2, row=1, col=4).update_xaxes(range=[-.15, 1.35], row=1, col=4)
+    if len(record) <= 8:
+        figure.update_xaxes(tickangle=0, tickfont_size=12 if len(record) <= 6 else 9)
     return _layout(figure, t, width=1150, height=640, showlegend=False, margin=dict(l=40, r=20, t=40, b=40), shapes=frames(len(record), selected, t))
 
 # %% ../nbs/36_views.ipynb #926df209
@@ -272,22 +280,23 @@ def marked(text: str) -> str:
     return html.escape(text[:a]) + (f"<mark>{html.escape(text[a:b])}</mark>" if b > a else "") + html.escape(text[b:])
 
 # %% ../nbs/36_views.ipynb #01dcd5a9
-def style(theme: Theme = LIGHT) -> str:
-    "The <style> of all HTML here, limited to elements of class gcpo."
-    mark = mix(theme.paper, theme.marks[1], .35)
+def style(theme: Theme = LIGHT, within: str = "") -> str:
+    "The <style> of all HTML here, in a theme, limited to what is inside of class `within` (that of the theme: gcpo-light, gcpo-dark)."
+    mark, g = mix(theme.paper, theme.marks[1], .35), f".{within or f'gcpo-{theme.name}'}"
     return f"""<style>
-.gcpo {{ background: {theme.paper}; color: {theme.text}; font: 13px/1.45 sans-serif; padding: 6px 8px; }}
-.gcpo table {{ border-collapse: collapse; color: {theme.text}; }}
-.gcpo th, .gcpo td {{ padding: 2px 8px; text-align: right; border-bottom: 1px solid {theme.grid}; font-variant-numeric: tabular-nums; background: {theme.paper}; }}
-.gcpo p, .gcpo b, .gcpo h2, .gcpo summary, .gcpo caption, .gcpo .widget-html-content {{ color: {theme.text}; }} .gcpo .gcpo-muted {{ color: {theme.muted}; }}
-.gcpo th {{ color: {theme.muted}; font-weight: 600; }} .gcpo td.gcpo-text {{ text-align: left; max-width: 46em; white-space: pre-wrap; overflow-wrap: anywhere; }}
-.gcpo .gcpo-cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 8px; }}
-.gcpo .gcpo-card {{ border: 1px solid {theme.muted}; border-radius: 6px; padding: 6px 8px; background: {theme.paper}; }} .gcpo .gcpo-selected {{ outline: 3px solid {theme.marks[1]}; }}
-.gcpo .gcpo-card pre, .gcpo .gcpo-question {{ margin: 4px 0 0; max-height: 12em; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; word-break: normal; font: 13px/1.4 monospace; }}
-.gcpo .gcpo-card pre, .gcpo .gcpo-question {{ color: {theme.text}; background: {theme.paper}; }}
-.gcpo mark {{ background: {mark}; color: {ink(mark)}; border-radius: 3px; padding: 0 2px; }}
-.gcpo .gcpo-tokens {{ font: 14px/2 monospace; white-space: pre-wrap; overflow-wrap: anywhere; }} .gcpo .gcpo-token {{ border-radius: 3px; padding: 2px 1px; cursor: default; }}
-.gcpo .gcpo-floored {{ text-decoration: underline wavy 2px; }} .gcpo-message {{ border-left: 4px solid {theme.marks[1]}; padding: 4px 8px; }}
+{g} {{ color-scheme: {theme.name}; background: {theme.paper}; color: {theme.text}; font: 13px/1.45 sans-serif; padding: 6px 8px; }}
+{g} table {{ border-collapse: collapse; color: {theme.text}; }}
+{g} th, {g} td {{ padding: 2px 8px; text-align: right; border-bottom: 1px solid {theme.grid}; font-variant-numeric: tabular-nums; background: {theme.paper}; }}
+{g} p, {g} b, {g} h2, {g} summary, {g} caption, {g} .widget-html-content {{ color: {theme.text}; }} {g} .gcpo-muted {{ color: {theme.muted}; }}
+{g} th {{ color: {theme.muted}; font-weight: 600; }} {g} td.gcpo-text {{ text-align: left; max-width: 46em; white-space: pre-wrap; overflow-wrap: anywhere; }}
+{g} .gcpo-cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 8px; }}
+{g} .gcpo-card {{ border: 1px solid {theme.muted}; border-radius: 6px; padding: 6px 8px; background: {theme.paper}; }} {g} .gcpo-selected {{ outline: 3px solid {theme.marks[1]}; }}
+{g} .gcpo-card pre, {g} .gcpo-question {{ margin: 4px 0 0; max-height: 12em; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; word-break: normal; font: 13px/1.4 monospace; }}
+{g} .gcpo-card pre, {g} .gcpo-question {{ color: {theme.text}; background: {theme.paper}; }}
+{g} mark {{ background: {mark}; color: {ink(mark)}; border-radius: 3px; padding: 0 2px; }}
+{g} .gcpo-tokens {{ font: 14px/2 monospace; white-space: pre-wrap; overflow-wrap: anywhere; }} {g} .gcpo-token {{ border-radius: 3px; padding: 2px 1px; cursor: default; }}
+{g} .gcpo-token, {g} td.gcpo-cell {{ background: var(--{theme.name}); color: var(--{theme.name}-ink); }}
+{g} .gcpo-floored {{ text-decoration: underline wavy 2px; }} {g} .gcpo-message {{ border-left: 4px solid {theme.marks[1]}; padding: 4px 8px; }}
 </style>"""
 
 
@@ -320,11 +329,11 @@ def numbers_html(table: pd.DataFrame, selected: int | None = None) -> str:
     return f'<table class="gcpo-numbers" aria-label="weights"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
 
-def matrix_html(group: Group | Record, quantity: str = "dependence given q, y_n", similarity: str = "gaussian", theme: Theme = LIGHT) -> str:
-    "A matrix of `dependence_table` as a coloured HTML table with its numbers. Raises ValueError as it does."
+def matrix_html(group: Group | Record, quantity: str = "dependence given q, y_n", similarity: str = "gaussian") -> str:
+    "A matrix of `dependence_table` as a coloured HTML table with its numbers, without its style. Raises ValueError as it does."
     table = dependence_table(group, quantity, similarity)
     value, se, span = table.value.unstack(), table.se.unstack(), max(1e-9, table.value.abs().max())
-    cell = lambda v, e: (lambda c: f'<td style="background:{c};color:{ink(c)}">{_number(v)}{f" ±{e:.2f}" if e > 0 else ""}</td>')(shade(v, -span, span, theme))
+    cell = lambda v, e: f'<td class="gcpo-cell" {paint(v, -span, span)}>{_number(v)}{f" ±{e:.2f}" if e > 0 else ""}</td>'
     rows = [f"<tr><th>y_{i}</th>" + "".join(cell(value.loc[i, j], se.loc[i, j]) for j in value.columns) + "</tr>" for i in value.index]
     return f'<table aria-label="{html.escape(quantity)}"><caption>{html.escape(quantity)}</caption><tr><th></th>{"".join(f"<th>y_{j}</th>" for j in value.columns)}</tr>{"".join(rows)}</table>'
 
@@ -367,7 +376,7 @@ def _visible(token: str) -> str:
     return html.escape(token).replace("\n", "⏎\n") or "∅"
 
 
-def tokens_html(table: pd.DataFrame, column: str = "kl_ratio", theme: Theme = LIGHT, limit: int = 2000) -> str:
+def tokens_html(table: pd.DataFrame, column: str = "kl_ratio", limit: int = 2000) -> str:
     """The tokens of `token_table` as HTML without its style, coloured by a column of TOKEN_COLUMNS; the tooltip has all numbers, floored tokens are underlined and end in ⌊.
 
     Of a response longer than `limit` tokens the rest is left out, and said to be. Raises ValueError for an unknown column."""
@@ -375,10 +384,9 @@ def tokens_html(table: pd.DataFrame, column: str = "kl_ratio", theme: Theme = LI
     low, high = min(0.0, table[column].min()), max(0.0, table[column].max())
     spans = []
     for (k, row), floored in zip(table.iloc[:limit].iterrows(), _floored(table, column)):
-        colour = shade(row[column], low, high, theme)
         told = "&#10;".join([f"token {k}", *(f"{name}: {_number(row[c], 3)}" for c, name in TOKEN_COLUMNS.items()), "floored: " + (", ".join(r for r in READINGS if row[f"floored_{r}"]) or "no")])
         spans.append(f'<span class="gcpo-token{" gcpo-floored" if floored else ""}" title="{html.escape(told, quote=True).replace("&amp;#10;", "&#10;")}" data-value="{_number(row[column], 4)}" '
-                     f'style="background:{colour};color:{ink(colour)}">{_visible(row.token)}{"<sub>⌊</sub>" if floored else ""}</span>')
+                     f'{paint(row[column], low, high)}>{_visible(row.token)}{"<sub>⌊</sub>" if floored else ""}</span>')
     lost, floored = int(table[column].isna().sum()), int(_floored(table, column).sum())
     told = f"colour: {label}, from {_number(table[column].min())} to {_number(table[column].max())}; {floored} of {len(table)} tokens floored (⌊)"
     told += (f"; {lost} without finite log-probs" if lost else "") + (f"; the first {limit} are shown" if len(table) > limit else "")
@@ -471,7 +479,7 @@ def scm_says(table: pd.Series) -> list[str]:
 _RISKS = ("R(f)", "R(m)", "R(Ψf+m)", "R(f*)")
 
 
-def scm_traces(table: pd.Series, points: pd.DataFrame, theme: Theme = LIGHT) -> list[dict]:
+def scm_traces(table: pd.Series, points: pd.DataFrame) -> list[dict]:
     "Properties of the three traces of `scm_figure`: the other points, the kept points, the risks."
     part = lambda rows: dict(x=rows.y_0.round(3).tolist(), y=rows.y_1.round(3).tolist())
     return [part(points[~points.kept]), part(points[points.kept]), dict(x=list(_RISKS), y=[table[r] for r in _RISKS], text=[f"{table[r]:.3f}" for r in _RISKS])]
@@ -487,7 +495,7 @@ def scm_figure(q_to_y: float = 1.0, y_to_yn: float = 1.0, noise: float = 0.5, kn
     "Scatter of two responses under what is known, and risks of f, m, Psi f + m, f*: a plotly Figure. Raises ValueError as `scm_table`."
     from plotly.subplots import make_subplots
     t, table, points = choose(theme, THEMES, "theme"), scm_table(q_to_y, y_to_yn, noise, predictor), scm_points(q_to_y, y_to_yn, noise, know_q, know_yn)
-    others, kept, risks = scm_traces(table, points, t)
+    others, kept, risks = scm_traces(table, points)
     figure = make_subplots(1, 2, subplot_titles=(scm_title(table, points, known(know_q, know_yn)), f"risks, f = {predictor}"), column_widths=[.55, .45])
     figure.add_scatter(row=1, col=1, **others, mode="markers", marker=dict(size=3, color=t.muted, opacity=.35), name="other y_n", hoverinfo="skip")
     figure.add_scatter(row=1, col=1, **kept, mode="markers", marker=dict(size=5, color=t.marks[0], opacity=.7, symbol="diamond"), name="points in question",
