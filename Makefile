@@ -29,7 +29,7 @@ demo: install ## train SmolLM2-135M with GCPO on this machine; the executed note
 
 test: install ## all tests but the slow ones
 	@echo "== every notebook's own tests, then tests/"
-	$(BIN)/python -m pytest tests -q -m "not slow"
+	$(BIN)/python -m pytest tests -q -m "not slow" -n auto --dist loadgroup
 
 slow: install ## the slow tests too
 	$(BIN)/python -m pytest tests -q
@@ -53,4 +53,4 @@ tiny: install ## rebuild the checkpoint in data/tiny (20 minutes)
 	cd nbs/tours && ../../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace tiny_warm_start.ipynb
 
 docs: install ## HTML of all notebooks in _docs
-	$(BIN)/jupyter nbconvert --log-level ERROR --to html --output-dir _docs nbs/*.ipynb nbs/tours/*.ipynb
+	$(BIN)/jupyter nbconvert --log-level ERROR --to html --embed-images --output-dir _docs nbs/*.ipynb nbs/tours/*.ipynb

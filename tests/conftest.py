@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # several test processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
@@ -23,3 +25,10 @@ def pytest_configure(config):
 def small(tmp_path):
     "Parameters of a run of seconds on tiny, into a directory of its own."
     return {**SMALL, "output_dir": str(tmp_path / "run")}
+
+
+def pytest_collection_modifyitems(items):
+    "Of several test processes one runs a file, for its fixtures' sake; notebooks go to whichever is free."
+    for item in items:
+        if item.path.stem != "test_notebooks":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))

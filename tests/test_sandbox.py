@@ -38,6 +38,17 @@ def named(mark):
     return found
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_temporary_directory():
+    "Others may use the common one meanwhile."
+    usual = tempfile.tempdir
+    with tempfile.TemporaryDirectory(dir="/tmp" if LINUX else None) as place:
+        os.chmod(place, 0o1777)
+        tempfile.tempdir = place
+        yield
+        tempfile.tempdir = usual
+
+
 class World:
     "What a program must not touch: a process, a file, a listening port; and the name by which its own processes are known."
 
