@@ -111,7 +111,7 @@ def k3_corrected(logp_G_T, ref_logp_G_T, ratio_G_T):
 
 # %% ../nbs/22_loss.ipynb #1e524a74
 def grpo_loss(logp_G_T, old_logp_G_T, adv_G, mask_G_T, epsilon=0.2, beta=0.0, ref_logp_G_T=None, epsilon_high=None,
-              ratio=token_ratio, normalise=per_sequence, penalty=k3_plain):
+              ratio=token_ratio, normalise=per_sequence, penalty=k3_plain, importance_sampling_ratio_G_T=None):
     """GRPO (DeepSeekMath): -(1/n) sum_i (1/T_i) sum_j { min(rho A, clip(rho) A) - beta k3 }, to be minimised.
 
     logp_G_T, old_logp_G_T, ref_logp_G_T: [n, T] log-probs in nats under the policy, the sampling policy and the reference;
@@ -119,6 +119,7 @@ def grpo_loss(logp_G_T, old_logp_G_T, adv_G, mask_G_T, epsilon=0.2, beta=0.0, re
     epsilon, epsilon_high: clip range below and above 1 (None: the same). beta: weight of the penalty, in units per nat.
     ratio: what rho is, `token_ratio` or `sequence_ratio` (GSPO). penalty: `k3_plain` or `k3_corrected`. normalise: what stands for
     (1/n) sum_i (1/T_i) sum_j: `per_sequence`, `per_token` (DAPO) or `constant` (Dr.GRPO), their counts given by functools.partial.
+    importance_sampling_ratio_G_T: [n, T] constant weights of the surrogate's tokens where another program drew them (`gcpo.vllm_engine`).
     Returns (loss, metrics): 0-dim loss; detached 0-dim clip/low, clip/high, ratio/mean, loss/policy, and kl/ref given a reference.
     Raises ValueError for shapes that do not match, coefficients negative or not finite, beta > 0 without ref_logp_G_T."""
     _check_coefficients("grpo_loss", beta=beta)
@@ -127,6 +128,8 @@ def grpo_loss(logp_G_T, old_logp_G_T, adv_G, mask_G_T, epsilon=0.2, beta=0.0, re
     mask_G_T = bool_mask("grpo_loss", mask_G_T, logp_G_T.shape)
     ratio_G_T = _ratio("grpo_loss", logp_G_T, old_logp_G_T, mask_G_T, ratio)
     surrogate_G_T, metrics = _surrogate("grpo_loss", ratio_G_T, adv_G, mask_G_T, epsilon, epsilon_high)
+    if importance_sampling_ratio_G_T is not None:
+        surrogate_G_T = surrogate_G_T * _real("grpo_loss", "importance_sampling_ratio_G_T", importance_sampling_ratio_G_T, mask_G_T).detach()
     loss = -normalise(surrogate_G_T, mask_G_T)
     metrics["loss/policy"] = loss.detach()
     if ref_logp_G_T is None: return loss, metrics
@@ -139,7 +142,7 @@ def dr_grpo_loss(logp_G_T, old_logp_G_T, adv_G, mask_G_T, epsilon=0.2, beta=0.0,
     """Dr.GRPO: as `grpo_loss`, but the sum over tokens divided by the constant max_length, then the mean over the group (`constant`).
 
     max_length: the most tokens a response may have, the run's generation limit; required.
-    adv_G: [n], r - mean(r) in Dr.GRPO: group_advantage(reward_G, scale=False). variants: `ratio`, `penalty`. All else as in `grpo_loss`.
+    adv_G: [n], r - mean(r) in Dr.GRPO: group_advantage(reward_G, scale=False). variants: `ratio`, `penalty`, `importance_sampling_ratio_G_T`. All else as in `grpo_loss`.
     Returns (loss, metrics); loss/policy is normalised like the loss, kl/ref is in nats per token.
     Raises ValueError for a max_length that is missing, not positive, or below a response's length, and as `grpo_loss` does."""
     return grpo_loss(logp_G_T, old_logp_G_T, adv_G, mask_G_T, epsilon, beta, ref_logp_G_T, epsilon_high,
@@ -187,7 +190,7 @@ def gcpo_loss(logp_G_T, old_logp_G_T, B_G, mask_G_T, logp_x_G_T=None, causal_ref
     causal_ref_logp_G_T: [n, T] projected reference (`gcpo.kl.reference_*`), taken as constant. kappa: weight per nat; 0 is exactly GRPO's form.
     causal_mask_G_T: [n, T] tokens of the causal term (None: all real ones); T_i stays the number of real tokens.
     causal_clamp: bound on the causal log-ratio in nats, no gradient beyond it. normalise: of surrogate and both penalties alike.
-    variants: `ratio`, `penalty`. Everything else as in `grpo_loss`.
+    variants: `ratio`, `penalty`, `importance_sampling_ratio_G_T`. Everything else as in `grpo_loss`.
     Returns (loss, metrics): those of grpo_loss, and kl/causal, causal/clamped, causal/masked when the causal tensors are given.
     Raises ValueError for kappa > 0 without both causal tensors, one of them alone, and as `grpo_loss` does."""
     _check_coefficients("gcpo_loss", kappa=kappa)
