@@ -185,6 +185,7 @@ class Group:
     upsilon_G: Tensor = field(default_factory=_empty)
     weight_G: Tensor = field(default_factory=_empty)           # B
     old_logp_G_T: Tensor = field(default_factory=_empty)
+    sampling_logp_G_T: Tensor = field(default_factory=_empty)  # by the program that drew the responses, if that is another one
     ref_logp_G_T: Tensor = field(default_factory=_empty)
     causal_ref_logp_G_T: Tensor = field(default_factory=_empty)
     causal_mask_G_T: Tensor = field(default_factory=_empty)    # bool: tokens that the causal term uses

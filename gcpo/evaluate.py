@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .benchmark import GYM, grader_of, load_rows, overlap, source_rows, stops_of
 from .core import Parameters, check_directory, derive_seed, from_arguments, share_heads, write_atomic, write_manifest
 from .data import TASKS, Row, to_query
-from .engine import ENGINES
+from .vllm_engine import ENGINES
 from .grade import Grade
 from .policy import Policy, for_sampling, load_policy
 from .reward import answers_of, as_completion, by_name, grades, load_reward, reward_table, verdicts

@@ -80,11 +80,13 @@ def _inverse_cumulative(probs_R_V: Tensor, uniform_R: Tensor, width: int = 256) 
 class Sample:
     """Generated ids (the end token included where reached) and whether `max_new_tokens` cut them off.
 
-    From engines that know them: `logp` [T], each token's log-prob at the sampling temperature, before filters; and, if asked for, `state` [D] at the last token of `spoken`."""
+    From engines that know them: `logp` [T], each token's log-prob at the sampling temperature, before filters; and, if asked for, `state` [D] at the last token of `spoken`.
+    From other programs: `sampling_logp` [T], their own log-probs, which are not quite the policy's."""
     ids: Tensor
     truncated: bool
     logp: Tensor = field(default_factory=lambda: torch.empty(0))
     state: Tensor = field(default_factory=lambda: torch.empty(0))
+    sampling_logp: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def has_ended(policy: Policy, ids: list[int], how: Sampling) -> bool:
@@ -333,8 +335,9 @@ def sample_group(policy: Policy, query: Query, num_generations: int, how: Sampli
 
 def _group(policy: Policy, query: Query, samples: list[Sample]) -> Group:
     texts = tuple(policy.tokenizer.decode(content(policy, s.ids), skip_special_tokens=True) for s in samples)
+    padded = lambda rows: pad(rows) if len(rows[0]) else torch.empty(0)
     return Group(query, tuple(s.ids for s in samples), texts, torch.tensor([s.truncated for s in samples]), z_G_D=stack_states(samples),
-                 old_logp_G_T=pad([s.logp for s in samples]) if len(samples[0].logp) else torch.empty(0))
+                 old_logp_G_T=padded([s.logp for s in samples]), sampling_logp_G_T=padded([s.sampling_logp for s in samples]))
 
 
 def stack_states(samples: Sequence[Sample]) -> Tensor:

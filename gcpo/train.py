@@ -40,7 +40,6 @@ from .benchmark import grader_of, load_rows, stops_of
 from .collider import DRAWS, ENCODINGS, ORDERS, TEMPLATES, Collider, contexts_logp, continue_contexts, dependence, encode, integrate
 from .core import Group, MetricsLog, Parameters, atomic, check_directory, choose, derive_seed, from_arguments, read_metrics, row_mask, share_heads, write_atomic, write_manifest
 from .data import Row, to_query
-from .engine import ENGINES
 from .kl import phi_autoregressive, phi_ess, phi_tokenwise, reading_metrics, reference_mean, reference_ratio, reference_sum, treat_floor, treat_mask
 from .loss import dr_grpo_loss, gcpo_loss, grpo_loss, gvpo_loss
 from .parallel import (ElsewhereError, ProcessesError, accelerate_launch, alike, by_first, distribute, gather, join, kept_reference, launched, learn_together, leave, load_state, load_weights_together, micro_batches,
@@ -52,6 +51,7 @@ from .score import groups_logp
 from .search import SearchConfig, SelfTraining, Steps, ValueHead, load_round, make_optimiser, self_train
 from .statistics import interval
 from .tree import NOTHING, Memory, check_flex
+from .vllm_engine import ENGINES, IMPORTANCE_SAMPLING_MODES, VLLMOptions, importance_sampling_ratio, is_comparable, logprobs_mode, sampling_metrics, stop_vllm
 from .upsilon import batch_means, by_influence, centred, centroid, constant, cosine, euclidean, gaussian, ones, shuffled, spread, upsilon
 
 # %% ../nbs/30_train.ipynb #3f3e8e7f
@@ -94,6 +94,14 @@ class DataParameters(Parameters):
     stop: list[str] | None = Field(None, description="strings that end a completion; none: the data's own (a new line for generated tasks)")
     engine: Literal["tree", "generate", "continuous", "vllm"] = Field("tree", description="what samples; tree shares prefixes")
     token_budget: int = Field(131_072, ge=1, description="tokens whose keys and values are held at once while sampling")
+    vllm_gpu_memory_utilization: float = Field(0.3, gt=0, le=1, description="engine vllm: share of a device's memory that it takes; what it leaves is for training")
+    vllm_tensor_parallel_size: int = Field(1, ge=1, description="engine vllm: devices that share the model")
+    vllm_max_model_length: int = Field(0, ge=0, description="engine vllm: tokens of prompt and completion; 0: the model's window")
+    vllm_enable_sleep_mode: bool = Field(False, description="engine vllm: give its memory back between calls")
+    vllm_importance_sampling_correction: bool = Field(True, description="engine vllm: weigh the loss by trainer's / vLLM's probabilities (gvpo needs no weights)")
+    vllm_importance_sampling_mode: Literal[tuple(IMPORTANCE_SAMPLING_MODES)] = Field("sequence_mask", description="ratio of a token or of a response; truncated at the bounds, or 0 beyond")
+    vllm_importance_sampling_clip_max: float = Field(3.0, gt=0, description="upper bound of the ratio")
+    vllm_importance_sampling_clip_min: float = Field(0.0, ge=0, description="lower bound of the ratio")
     mask_truncated_completions: bool = Field(False, description="leave completions that hit max_completion_length out of the loss")
     random_reward: bool = Field(False, description="negative control: train on coin flips; held-out questions are judged by the rewards")
 
@@ -192,6 +200,10 @@ class Config(RunParameters):
             raise ValueError(f"objective='rest_mcts' needs one verifier, and rewards={self.rewards}, random_reward={self.random_reward}; give one reward function and no random_reward")
         if self.objective == "rest_mcts" and self.bf16:
             raise ValueError("objective='rest_mcts' does not compute under autocast: use bf16=False, or dtype='bfloat16' for the weights")
+        if self.vllm_importance_sampling_clip_min >= self.vllm_importance_sampling_clip_max:
+            raise ValueError(f"vllm_importance_sampling_clip_min={self.vllm_importance_sampling_clip_min} is not below vllm_importance_sampling_clip_max={self.vllm_importance_sampling_clip_max}: no ratio is left")
+        if self.engine == "vllm" and self.vllm_importance_sampling_correction and not is_comparable(logprobs_mode(self.sampling), self.sampling):
+            raise ValueError(f"engine='vllm' tells no log-probs at temperature={self.temperature} before top_k, top_p and min_p: use temperature=1, or no filter, or vllm_importance_sampling_correction=False")
         if self.autoregressive and self.reference == "sum":
             raise ValueError("autoregressive=True has no meaning for reference='sum', whose mass is not one; use mean or ratio")
         if self.centre and self.prompts_per_step < 2 and self.objective == "gcpo" and self.weight in ("projected", "centroid", "shuffled"):
@@ -207,6 +219,21 @@ class Config(RunParameters):
         if self.num_processes > self.prompts_per_step:
             raise ValueError(f"num_processes={self.num_processes} for prompts_per_step={self.prompts_per_step}: groups are what processes share, and some would have none; use at least {self.num_processes} prompts a step")
         return self
+
+    @property
+    def sampling(self) -> Sampling:
+        "How responses are drawn."
+        return Sampling(self.max_completion_length, self.temperature, self.top_k, self.top_p, self.min_p, self.stops)
+
+    @property
+    def vllm(self) -> VLLMOptions:
+        "How vLLM is started."
+        return VLLMOptions(self.vllm_gpu_memory_utilization, self.vllm_tensor_parallel_size, self.vllm_max_model_length, logprobs_mode=logprobs_mode(self.sampling), enable_sleep_mode=self.vllm_enable_sleep_mode)
+
+    @property
+    def importance_sampling(self) -> dict:
+        "Mode and bounds of the ratio by which samples of vLLM are weighted."
+        return dict(mode=self.vllm_importance_sampling_mode, clip_max=self.vllm_importance_sampling_clip_max, clip_min=self.vllm_importance_sampling_clip_min)
 
     @property
     def reward_names(self) -> list[str]:
@@ -266,9 +293,9 @@ class Recipe:
 def make_recipe(config: Config) -> Recipe:
     "Resolve every word of a configuration. Raises ValueError for an unknown reward function."
     c, causal = config, config.objective == "gcpo"
-    how = Sampling(c.max_completion_length, c.temperature, c.top_k, c.top_p, c.min_p, c.stops)
+    how = c.sampling
     needs_states = causal and c.weight in ("projected", "shuffled", "centroid")
-    engine = partial(ENGINES[c.engine], token_budget=c.token_budget, **({"states": True} if needs_states and c.encoding == "in_context" and c.engine == "tree" else {}))
+    engine = partial(ENGINES[c.engine], token_budget=c.token_budget, **({"states": True} if needs_states and c.encoding == "in_context" and c.engine == "tree" else {"options": c.vllm} if c.engine == "vllm" else {}))
     collider = Collider(DRAWS[c.collider], c.num_draws, c.num_continuations, how, c.max_draw_length, c.max_continuation_length, c.context_budget,
                         TEMPLATES[c.template], ORDERS[c.context_order], engine)
     own_draw = c.collider == "paper"
@@ -288,14 +315,21 @@ def _old(c: Config, group: Group, logp_G_T: Tensor) -> Tensor:
     return group.old_logp_G_T if c.num_iterations > 1 else logp_G_T.detach()
 
 
+def _weighted(c: Config, g: Group, mask_G_T: Tensor) -> dict:
+    "The weights of samples that vLLM drew, as an argument of a loss; none for others, and none if they are not wanted."
+    if not (c.vllm_importance_sampling_correction and len(g.sampling_logp_G_T)):
+        return {}
+    return {"importance_sampling_ratio_G_T": importance_sampling_ratio(g.old_logp_G_T, g.sampling_logp_G_T, mask_G_T, **c.importance_sampling)}
+
+
 def _grpo(c: Config, g: Group, logp_G_T: Tensor, logp_x_G_T: Tensor | None, mask_G_T: Tensor):
     ref = g.ref_logp_G_T if len(g.ref_logp_G_T) else None
-    return grpo_loss(logp_G_T, _old(c, g, logp_G_T), g.adv_G, mask_G_T, c.epsilon, c.beta, ref, c.epsilon_high)
+    return grpo_loss(logp_G_T, _old(c, g, logp_G_T), g.adv_G, mask_G_T, c.epsilon, c.beta, ref, c.epsilon_high, **_weighted(c, g, mask_G_T))
 
 
 def _dr_grpo(c: Config, g: Group, logp_G_T: Tensor, logp_x_G_T: Tensor | None, mask_G_T: Tensor):
     ref = g.ref_logp_G_T if len(g.ref_logp_G_T) else None
-    return dr_grpo_loss(logp_G_T, _old(c, g, logp_G_T), g.adv_G, mask_G_T, c.epsilon, c.beta, ref, c.epsilon_high, max_length=c.max_completion_length)
+    return dr_grpo_loss(logp_G_T, _old(c, g, logp_G_T), g.adv_G, mask_G_T, c.epsilon, c.beta, ref, c.epsilon_high, max_length=c.max_completion_length, **_weighted(c, g, mask_G_T))
 
 
 def _gvpo(c: Config, g: Group, logp_G_T: Tensor, logp_x_G_T: Tensor | None, mask_G_T: Tensor):
@@ -305,9 +339,9 @@ def _gvpo(c: Config, g: Group, logp_G_T: Tensor, logp_x_G_T: Tensor | None, mask
 def _gcpo(c: Config, g: Group, logp_G_T: Tensor, logp_x_G_T: Tensor | None, mask_G_T: Tensor):
     ref = g.ref_logp_G_T if len(g.ref_logp_G_T) else None
     if logp_x_G_T is None:
-        return gcpo_loss(logp_G_T, _old(c, g, logp_G_T), g.weight_G, mask_G_T, kappa=0.0, epsilon=c.epsilon, beta=c.beta, ref_logp_G_T=ref, epsilon_high=c.epsilon_high)
+        return gcpo_loss(logp_G_T, _old(c, g, logp_G_T), g.weight_G, mask_G_T, kappa=0.0, epsilon=c.epsilon, beta=c.beta, ref_logp_G_T=ref, epsilon_high=c.epsilon_high, **_weighted(c, g, mask_G_T))
     return gcpo_loss(logp_G_T, _old(c, g, logp_G_T), g.weight_G, mask_G_T, logp_x_G_T, g.causal_ref_logp_G_T, c.kappa, c.epsilon, c.beta, ref,
-                     c.epsilon_high, g.causal_mask_G_T, c.causal_clamp)
+                     c.epsilon_high, g.causal_mask_G_T, c.causal_clamp, **_weighted(c, g, mask_G_T))
 
 
 def _searches(*args):
@@ -384,7 +418,7 @@ def remember(old: Policy, groups: Sequence[Group], recipe: Recipe, step: int = 0
     "The groups with old_logp_G_T, and with causal_ref_logp_G_T, causal_mask_G_T where they have draws and kappa > 0."
     c, out = recipe.config, list(groups)
     has_draws = [recipe.kappa > 0 and len(g.draws_G_J) > 0 for g in out]
-    if out and (c.num_iterations > 1 or any(d and not len(g.old_logp_G_T) for g, d in zip(out, has_draws))):
+    if out and (c.num_iterations > 1 or any(len(g.sampling_logp_G_T) or d and not len(g.old_logp_G_T) for g, d in zip(out, has_draws))):
         out = [replace(g, old_logp_G_T=logp) for g, logp in zip(out, groups_logp(old, out, c.temperature)[0])]
     drawn = [g for g, d in zip(out, has_draws) if d]
     in_contexts = contexts_logp(old, drawn, recipe.collider, c.num_draws, c.temperature)
@@ -553,6 +587,7 @@ def step_metrics(groups: Sequence[Group], live: Sequence[Group], recipe: Recipe)
     metrics["groups/all_wrong"] = max(0.0, 1 - metrics["groups/mixed"] - metrics["groups/all_right"])
     referred = [_reading(g, recipe.config) for g in groups if len(g.context_logp_G_J_T)]
     metrics.update({f"causal/{name}": mean([told[name] for told in referred]) for name in (referred or [{}])[0]})
+    metrics.update(sampling_metrics([(g.old_logp_G_T, g.sampling_logp_G_T, row_mask(g.ids_G)) for g in groups if len(g.sampling_logp_G_T) and len(g.old_logp_G_T)], **recipe.config.importance_sampling))
     return {**metrics, **_causal_metrics(live)} if any(len(g.draws_G_J) or len(g.z_G_D) for g in live) else metrics
 
 
@@ -851,7 +886,8 @@ def line(metrics: dict, held: dict) -> str:
 # %% ../nbs/30_train.ipynb #f43cb9c5
 def finish(run: Run, policy: Policy, log: Log) -> None:
     "End trackers, put completions together and save the trained policy, whole or not at all: its directory marks a finished run."
-    log.accelerator.end_training()
+    for tracker in log.accelerator.trackers:  # not end_training(), which ends the processes' connection before by_first
+        tracker.finish()
     with whole(policy) as saved:
         by_first(lambda: _finish(run, saved))
 
@@ -922,6 +958,7 @@ def main() -> None:
         sys.exit(f"error{who}: another process of this run has ended, or does not answer; why stands among its own messages. The same command continues from the last checkpoint")
     if world().first and config.num_processes == 1:
         print(summary(run_dir))
+    stop_vllm(last=True)
     leave()
 
 

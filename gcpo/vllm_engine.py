@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMPORTANCE_SAMPLING_MODES', 'ENGINES', 'VLLMOptions', 'is_filtered', 'logprobs_mode', 'is_comparable',
            'llm_arguments', 'undisturbed', 'start_vllm', 'merged_weights', 'checksums', 'repack_heads', 'load_weights',
-           'stop_vllm', 'ready_vllm', 'ServedSample', 'sampling_params', 'served_sample', 'progress_bar',
-           'check_length', 'sample_vllm', 'log_ratio', 'importance_sampling_ratio', 'sampling_metrics']
+           'stop_vllm', 'ready_vllm', 'sampling_params', 'served_sample', 'progress_bar', 'check_length', 'sample_vllm',
+           'log_ratio', 'importance_sampling_ratio', 'sampling_metrics']
 
 # %% ../nbs/05_vllm_engine.ipynb #0acb5ec0
 import atexit
@@ -194,12 +194,6 @@ def ready_vllm(policy: Policy, options: VLLMOptions) -> _Running:
     return running
 
 # %% ../nbs/05_vllm_engine.ipynb #ea3a2748
-@dataclass(frozen=True)
-class ServedSample(Sample):
-    "A `Sample` by another program: `sampling_logp` [T] are that program's log-probs, nats; empty where they are not comparable. `logp`, the policy's own, stays empty: the trainer computes it."
-    sampling_logp: Tensor = field(default_factory=lambda: torch.empty(0))
-
-
 def sampling_params(policy: Policy, how: Sampling, seeds: Sequence[int]) -> list:
     "One `vllm.SamplingParams` a seed, equal but for it."
     from vllm import SamplingParams
@@ -208,14 +202,14 @@ def sampling_params(policy: Policy, how: Sampling, seeds: Sequence[int]) -> list
     return [SamplingParams(seed=s, **common) for s in seeds]
 
 
-def served_sample(output, comparable: bool) -> ServedSample:
-    "vLLM's completion as a sample. Raises RuntimeError for one that it gave up, FloatingPointError for log-probs that are not finite."
+def served_sample(output, comparable: bool) -> Sample:
+    "vLLM's completion as a sample, with vLLM's log-probs if they are comparable; the policy's own are the trainer's to compute. Raises RuntimeError for one that it gave up, FloatingPointError for log-probs that are not finite."
     if output.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM gave up a completion after {len(output.token_ids)} tokens (finish_reason '{output.finish_reason}')")
     logp = torch.tensor([told[token].logprob for token, told in zip(output.token_ids, output.logprobs, strict=True)])
     if not logp.isfinite().all():
         raise FloatingPointError("log-probs of vLLM")
-    return ServedSample(torch.tensor(list(output.token_ids)), output.finish_reason == "length", sampling_logp=logp if comparable else torch.empty(0))
+    return Sample(torch.tensor(list(output.token_ids)), output.finish_reason == "length", sampling_logp=logp if comparable else torch.empty(0))
 
 # %% ../nbs/05_vllm_engine.ipynb #a2730876
 class _Bar(tqdm):
@@ -244,7 +238,7 @@ def check_length(tree: PrefixTree, leaves: Sequence[int], how: Sampling, options
 
 
 def sample_vllm(policy: Policy, tree: PrefixTree, leaves: Sequence[int], seeds: Sequence[int], how: Sampling, token_budget: int = 131_072, progress: str = "",
-                options: VLLMOptions = VLLMOptions()) -> list[ServedSample]:
+                options: VLLMOptions = VLLMOptions()) -> list[Sample]:
     """`sample` by vLLM (pip install vllm), with prefix caching; the policy's weights, adapters merged, are loaded into it whenever they have changed.
 
     A request is seeded by its row's seed, in vLLM's own generator: greedy completions are `sample`'s, random ones of the same distribution. vLLM keeps its own budget: `token_budget` has no effect.

@@ -1,19 +1,16 @@
 """Every engine gives what `sample` gives, leaves the policy as it was, and refuses what `sample` refuses."""
 import copy
-import sys
 import threading
-from dataclasses import dataclass
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 
 import gcpo.engine as engines
-from gcpo.engine import ENGINES, merged_weights, sample_continuous, sample_vllm
+from gcpo.engine import ENGINES, sample_continuous
 from gcpo.core import PrefixTree, derive_seed
 from gcpo.policy import Policy, build_tiny, for_sampling, load_policy
-from gcpo.sample import Sampling, probabilities, sample, sample_alone
+from gcpo.sample import Sampling, probabilities, sample
 from test_architectures import CONFIGS, policy_of
 
 RUNNABLE = ["generate", "continuous"]
@@ -211,135 +208,6 @@ def test_continuous_of_another_transformers(tiny, monkeypatch):
     tree, leaves, seeds = request(tiny)
     with pytest.raises(ValueError, match="pip install transformers==5.23"):
         sample_continuous(tiny, tree, leaves, seeds, Sampling(5))
-
-
-def test_vllm_is_not_installed(tiny, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    tree, leaves, seeds = request(tiny)
-    with pytest.raises(ValueError, match="pip install vllm"):
-        sample_vllm(tiny, tree, leaves, seeds, Sampling(5))
-
-
-class FakeLLM:
-    "Has a model of its own, read from the checkpoint, and draws as `sample_alone`: what reaches it shows in its tokens."
-    made = []
-
-    def __init__(self, model, **options):
-        self.policy, self.options, self.resets, self.loads, self.seeds = load_policy(model, device="cpu"), options, 0, 0, []
-        FakeLLM.made.append(self)
-
-    def apply_model(self, function):
-        return [function(self)]
-
-    def load_weights(self, weights):
-        self.loads += 1
-        weights = dict(weights)
-        ours = dict(self.policy.causal_lm.named_parameters())
-        assert set(weights) == set(ours), set(weights) ^ set(ours)
-        with torch.no_grad():
-            for name, weight in weights.items():
-                ours[name].copy_(weight)
-        return set(weights)
-
-    def reset_prefix_cache(self):
-        self.resets += 1
-        return True
-
-    def generate(self, prompts, params, use_tqdm=True):
-        self.params, self.use_tqdm = params, use_tqdm
-        return [self._one(torch.tensor(p["prompt_token_ids"]), q) for p, q in zip(prompts, params, strict=True)]
-
-    def _one(self, prompt, q):
-        how = Sampling(q.max_tokens, q.temperature, max(q.top_k, 0), q.top_p, q.min_p, tuple(q.stop))
-        s = sample_alone(self.policy, prompt, q.seed, how)
-        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(s.ids.tolist()), finish_reason="length" if s.truncated else "stop")])
-
-
-@dataclass
-class FakeParams:
-    "The fields of vllm.SamplingParams that are used; there is no default to fall back on."
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    max_tokens: int
-    stop: list
-    include_stop_str_in_output: bool
-    stop_token_ids: list
-    skip_special_tokens: bool
-    seed: int
-
-
-@pytest.fixture
-def fake_vllm(monkeypatch):
-    vllm, inputs = ModuleType("vllm"), ModuleType("vllm.inputs")
-    vllm.LLM, vllm.SamplingParams, vllm.inputs, inputs.TokensPrompt = FakeLLM, FakeParams, inputs, dict
-    monkeypatch.setitem(sys.modules, "vllm", vllm)
-    monkeypatch.setitem(sys.modules, "vllm.inputs", inputs)
-    monkeypatch.setattr(FakeLLM, "made", [])
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setitem(engines.VLLM_OPTIONS, "gpu_memory_utilization", 0.4)
-
-
-def test_vllm_requests(policy, fake_vllm):
-    tree, leaves, seeds = request(policy)
-    for how in (Sampling(6, temperature=0, stop=("\n",)), Sampling(6, temperature=1.5, top_p=0.9, min_p=0.1), Sampling(6, top_k=7)):
-        assert same(sample_vllm(policy, tree, leaves, seeds, how), sample(policy, tree, leaves, seeds, how))
-        llm, = FakeLLM.made
-        assert [q.seed for q in llm.params] == seeds and {q.top_k for q in llm.params} == {how.top_k or -1} and llm.params[0].include_stop_str_in_output
-        assert llm.params[0].stop_token_ids == [1] and not llm.use_tqdm
-    assert llm.options["enable_prefix_caching"] and llm.options["max_model_len"] == policy.window and llm.options["dtype"] == "float32" and llm.options["gpu_memory_utilization"] == 0.4
-    assert llm.loads == llm.resets == 1
-
-
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
-def test_vllm_has_the_weights_of_now(adapted, fake_vllm):
-    policy = with_lora() if adapted else load_policy("tiny", device="cpu")
-    (tree, leaves, seeds), how = request(policy), Sampling(6, temperature=1.3)
-    leaves, seeds = leaves[:7], seeds[:7]
-    draw = lambda: same(sample_vllm(policy, tree, leaves, seeds, how), sample(policy, tree, leaves, seeds, how))
-    assert draw() and draw()
-    llm, = FakeLLM.made
-    assert llm.loads == llm.resets == 1
-    before = sample(policy, tree, leaves, seeds, how)
-    optimizer = torch.optim.AdamW(policy.trainable(), lr=0.02)
-    for p in policy.trainable():
-        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-    optimizer.step()
-    assert draw() and draw() and len(FakeLLM.made) == 1 and llm.loads == llm.resets == 2
-    assert not same(sample(policy, tree, leaves, seeds, how), before)
-    with for_sampling(policy):
-        assert draw()
-    if adapted:
-        with policy.model.disable_adapter():
-            assert draw()
-        assert draw()
-    loads = llm.loads
-    policy.trainable()[0].data.view(-1)[0] += 0.5  # torch's own version counters do not see this one
-    assert draw() and llm.loads == llm.resets == loads + 1
-
-
-def test_vllm_that_keeps_its_cache(policy, fake_vllm, monkeypatch):
-    tree, leaves, seeds = request(policy)
-    monkeypatch.setattr(FakeLLM, "reset_prefix_cache", lambda self: False)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="prefix cache"):
-            sample_vllm(policy, tree, leaves, seeds, Sampling(3))
-
-
-def test_vllm_needs_a_checkpoint(fake_vllm):
-    policy = build_tiny()
-    tree, leaves, seeds = request(policy)
-    with pytest.raises(ValueError, match="save_policy"):
-        sample_vllm(policy, tree, leaves, seeds, Sampling(3))
-
-
-def test_merged_weights_are_the_checkpoints():
-    policy = with_lora()
-    merged = dict(merged_weights(policy))
-    saved = policy.model.merge_and_unload()
-    expected = dict(saved.named_parameters())
-    assert set(merged) == set(expected) and all(torch.allclose(merged[name], expected[name], atol=1e-6) for name in merged)
 
 
 def test_a_training_step_is_the_same_by_every_engine():
