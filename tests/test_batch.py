@@ -18,12 +18,14 @@ from conftest import ROOT, SMALL
 
 import gcpo.batch as b
 from gcpo.core import read_metrics
+from gcpo.evaluate import read_results
 from gcpo.train import Config, train
 
 TOY = """
 from pydantic import Field
 import gcpo.batch as b
 class Toy(b.Parameters):
+    model: str = Field("tiny", description="is looked for")
     steps: int = Field(3, ge=0, description="to count")
     pause: float = Field(0.0, ge=0, description="seconds a step")
     work: int = Field(0, ge=0, description="additions a step")
@@ -51,7 +53,7 @@ if bytes: (place / "weights").write_bytes(b"0" * bytes)
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     "A kind of run that counts; returns the line of Python that makes it known in another process."
-    path, parameters = tmp_path / "toy.ipynb", nbformat.v4.new_code_cell("steps, pause, work, trainer, bytes, seed, output_dir = 3, 0.0, 0, False, 0, 0, ''", metadata=dict(tags=["parameters"]))
+    path, parameters = tmp_path / "toy.ipynb", nbformat.v4.new_code_cell("model, steps, pause, work, trainer, bytes, seed, output_dir = 'tiny', 3, 0.0, 0, False, 0, 0, ''", metadata=dict(tags=["parameters"]))
     nbformat.write(nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(BODY)], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))), path)
     monkeypatch.setattr(b, "NOTEBOOKS", dict(b.NOTEBOOKS))
     source = TOY.format(path=str(path))
@@ -102,7 +104,7 @@ def test_faults_are_told_together_with_their_lines(tmp_path):
         b.expand(tmp_path / "s.yaml")
     lines = sorted(str(told.value).splitlines())
     assert len(lines) == 3 and lines[0].startswith(f"{tmp_path}/s.yaml:2: 'max_stps' is not a parameter; did you mean 'max_steps'?")
-    assert ":4: alpha=-1: " in lines[1] and "alpha=-1, kapa=0.1, seed=0" in lines[1] and ":5: 'kapa' is not a parameter; did you mean 'kappa'?" in lines[2]
+    assert ":4: alpha=-1: " in lines[1] and "alpha-1-kapa0.1-s0" in lines[1] and ":5: 'kapa' is not a parameter; did you mean 'kappa'?" in lines[2]
 
 
 def test_equal_configurations_have_equal_names(tmp_path):
@@ -179,7 +181,7 @@ def test_a_sweep_that_grew_runs_only_what_is_new(tmp_path, toy):
     grown = lambda seeds: b.run_batch(b.expand(write(tmp_path / "s.yaml", notebook="toy", seeds=seeds)), tmp_path / "sweep")
     grown([0])
     assert (grown([0, 1]).state == "finished").all() and set(starts(tmp_path / "sweep").values()) == {1}
-    with pytest.raises(ValueError, match="(?s)another sweep.*seed: there 0, 1; asked 1, 2.*1 of its 2 runs are not asked for"):
+    with pytest.raises(ValueError, match="(?s)another sweep.*seed of toy: there 0, 1; asked 1, 2.*1 of its 2 runs are not asked for"):
         grown([1, 2])
 
 
@@ -199,15 +201,84 @@ def _seconds(act):
     return time.perf_counter() - began
 
 
-def test_training_and_evaluation_by_papermill(tmp_path):
-    trained = b.run_batch(b.expand(write(tmp_path / "t.yaml", notebook="train", parameters={**SMALL, "max_steps": 2, "eval_size": 8}, cases={"gcpo": {}})), tmp_path / "train", options=b.Options(threads=1))
-    assert trained.state.tolist() == ["finished"] and trained.step.tolist() == [2] and trained.held_out.notna().all()
-    table = b.collect(tmp_path / "train")
-    assert table.case.tolist() == ["gcpo"] and table["eval/reward"].tolist() == trained.held_out.tolist() and table["reward/mean"].notna().all()
-    policy = tmp_path / "train" / trained.index[0] / "policy"
-    asked = dict(model=str(policy), benchmarks=["addition"], max_problems=4, max_completion_length=6, check_overlap=False, device="cpu")
-    evaluated = b.run_batch(b.expand(write(tmp_path / "e.yaml", notebook="evaluate", parameters=asked)), tmp_path / "evaluate", "inline", b.Options(threads=1))
-    assert evaluated.state.tolist() == ["finished"] and evaluated.step.tolist() == [4] and evaluated.held_out.tolist() == b.collect(tmp_path / "evaluate")["addition/score"].tolist()
+def test_training_and_its_evaluation_by_papermill(tmp_path):
+    file = write(tmp_path / "t.yaml", notebook="train", parameters={**SMALL, "max_steps": 2, "eval_size": 8}, cases={"gcpo": {}}, evaluate=dict(benchmarks=["largest_of_three"], max_problems=4, max_completion_length=6, device="cpu"))
+    now = b.run_batch(b.expand(file), tmp_path / "sweep", options=b.Options(threads=1))
+    base, trained, evaluated = now.index
+    assert (now.state == "finished").all() and now.step.tolist() == [4, 2, 4] and now.held_out.notna().all()
+    table = b.collect(tmp_path / "sweep")
+    assert table.index.tolist() == [base, trained] and table.evaluated.tolist() == [base, evaluated] and table.base.tolist() == ["", base]
+    assert table["largest_of_three/score"].tolist() == now.held_out[[base, evaluated]].tolist() and table["eval/reward"][trained] == now.held_out[trained] and table.case.tolist() == ["", "gcpo"]
+    told = json.loads((tmp_path / "sweep" / evaluated / "manifest.json").read_text())
+    assert told["config"]["model"] == str(tmp_path / "sweep" / trained / "policy") and told["weights"], "the trained policy was judged"
+    assert read_results(tmp_path / "sweep" / evaluated).checked and not read_results(tmp_path / "sweep" / base).checked, "what the policy was trained on is known by its run"
+
+
+JUDGE = """
+class Judge(b.Parameters):
+    model: str = Field("tiny", description="whose")
+    benchmarks: list[str] = Field([], description="of nothing")
+    problems: int = Field(20, description="to count")
+    seed: int = Field(0, description="not used")
+    output_dir: str = Field("", description="where")
+b.NOTEBOOKS["judge"] = b.Kind({path!r}, Judge, ("records",))
+b.NOTEBOOKS["toy"] = b.replace(b.NOTEBOOKS["toy"], judge="judge")
+"""
+
+JUDGING = """import os, pathlib, time
+place = pathlib.Path(output_dir)
+with open(place / "starts", "a") as file: file.write(f"{os.getpid()}\\n")
+while (done := len((place / "counted").read_text()) if (place / "counted").exists() else 0) < problems:
+    time.sleep(0 if model == "tiny" else 0.25)
+    with open(place / "counted", "a") as file: file.write(".")
+(place / "records").mkdir(exist_ok=True)"""
+
+
+@pytest.fixture
+def judged(toy, tmp_path):
+    "The toy, and a notebook that judges what it leaves."
+    path = tmp_path / "judge.ipynb"
+    parameters = nbformat.v4.new_code_cell("model, benchmarks, problems, seed, output_dir = 'tiny', [], 20, 0, ''", metadata=dict(tags=["parameters"]))
+    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, nbformat.v4.new_code_cell(JUDGING)], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))), path)
+    source = toy + JUDGE.format(path=str(path))
+    exec(source, {"__name__": "judged"})
+    return source
+
+
+@pytest.mark.parametrize("executor", ["local", pytest.param("inline", marks=pytest.mark.slow)])
+def test_an_evaluation_killed_with_its_batch_goes_on_and_its_training_stays(executor, tmp_path, judged):
+    file = write(tmp_path / "s.yaml", notebook="toy", parameters=dict(model="tiny", steps=2), evaluate=dict(benchmarks=["any"]))
+    directory = tmp_path / "sweep"
+    base, trained, evaluated = (r.id for r in b.expand(file).runs)
+    process = command(judged, "run", file, "--dir", directory, "--executor", executor)
+    until(lambda: (directory / evaluated / "counted").exists() and len((directory / evaluated / "counted").read_text()) > 2)
+    assert b.status(directory).state.to_dict() == {base: "finished", trained: "finished", evaluated: "running"}
+    process.kill()
+    process.communicate(timeout=30)
+    until(lambda: not marked(directory) and not b.holder(directory / evaluated), 20)
+    assert b.status(directory).state.to_dict() == {base: "finished", trained: "finished", evaluated: "interrupted"}
+    assert len((directory / evaluated / "counted").read_text()) < 20
+    assert (b.run_batch(b.expand(file), directory, executor).state == "finished").all()
+    assert starts(directory) == {base: 1, trained: 1, evaluated: 2} and (directory / evaluated / "counted").read_text() == "." * 20
+
+
+def test_a_sweep_goes_on_with_another_number_of_processes(tmp_path):
+    sweep = lambda **how: b.expand(write(tmp_path / "s.yaml", notebook="train", parameters={**SMALL, **how}))
+    b.open_batch(sweep(), tmp_path / "sweep")
+    assert b.join_batch(sweep(num_processes=2), tmp_path / "sweep").sweep.runs[0].config["num_processes"] == 2
+    with pytest.raises(ValueError, match="alpha of train: there 2.0; asked 1.0"):
+        b.join_batch(sweep(alpha=1.0, num_processes=2), tmp_path / "sweep")
+
+
+def test_bad_places_and_names(tmp_path, toy):
+    file, sealed = write(tmp_path / "s.yaml", notebook="toy", seeds=[0]), tmp_path / "file"
+    sealed.write_text("not a directory")
+    (tmp_path / "bad.yaml").write_text("notebook: toy\nparameters:\n  steps: [1\nseeds: [0]\n")
+    for words, told in {(file, "--dir", sealed / "below"): f"error: cannot write to the directory '{sealed}/below'", (file, "--dir", tmp_path): "error: '.*' holds other files", (file, "--executor", "slrum"): "error: unknown executor 'slrum'; did you mean 'slurm'?",
+                        (tmp_path / "bad.yaml", "--dir", tmp_path / "new"): f"error: {tmp_path}/bad.yaml:4: not YAML"}.items():
+        with pytest.raises(SystemExit, match=told.replace("?", r"\?")):
+            b.main(["run", *map(str, words)])
+    assert sealed.read_text() == "not a directory" and not (tmp_path / "new").exists()
 
 
 def without_times(run_dir):
@@ -268,19 +339,20 @@ def no_slurm():
 def test_slurm_array_with_one_task_cancelled(tmp_path):
     if told := no_slurm():
         pytest.skip(told)
-    file = write(tmp_path / "t.yaml", notebook="train", parameters={**SMALL, "max_steps": 20}, seeds=[0, 1, 2, 3], slurm=dict(time=20, cpus_per_task=1))
-    directory, runs = tmp_path / "sweep", b.expand(file).runs
+    asked = dict(benchmarks=["largest_of_three"], max_problems=4, max_completion_length=6, device="cpu", seed=0)
+    file = write(tmp_path / "t.yaml", notebook="train", parameters={**SMALL, "max_steps": 20}, seeds=[0, 1, 2, 3], evaluate=asked, slurm=dict(time=20, cpus_per_task=1))
+    directory, runs = tmp_path / "sweep", [r for r in b.expand(file).runs if r.notebook == "train"]
     process = command("import gcpo.batch as b", "run", file, "--dir", directory, "--executor", "slurm", "--workers", "2", "--threads", "1")
     victim = directory / runs[1].id
     until(lambda: list(victim.glob("checkpoints/step-*")), 300)
     job = json.loads((directory / "slurm.json").read_text())[runs[1].id]
     subprocess.run(["scancel", job], check=True)
-    said = process.communicate(timeout=400)[0]
-    assert process.returncode == 1 and "3 of 4 finished, 1 interrupted" in said, said
+    said = process.communicate(timeout=500)[0]
+    assert process.returncode == 1 and "7 of 9 finished, 1 interrupted, 1 waiting" in said, said
     assert not (victim / "policy").exists() and not marked(directory)
     again = command("import gcpo.batch as b", "run", file, "--dir", directory, "--executor", "slurm", "--workers", "2", "--threads", "1")
-    said = again.communicate(timeout=400)[0]
-    assert again.returncode == 0 and "1 runs submitted" in said and "4 of 4 finished" in said, said
+    said = again.communicate(timeout=500)[0]
+    assert again.returncode == 0 and "2 runs submitted" in said and "9 of 9 finished" in said, said
     whole = train(Config.checked({**SMALL, "max_steps": 20, "seed": 1, "output_dir": str(tmp_path / "whole")}))
     assert json.dumps(without_times(victim)) == json.dumps(without_times(whole))
     assert (victim / "policy" / "model.safetensors").read_bytes() == (whole / "policy" / "model.safetensors").read_bytes()
