@@ -94,7 +94,7 @@ def test_settings_are_the_only_source():
     assert settings["DEFAULT"]["version"] in (ROOT / "gcpo" / "__init__.py").read_text()
 
 
-@pytest.mark.parametrize("notebook, kind", [("50_train", "gcpo.train:Config"), ("51_evaluate", "gcpo.evaluate:Evaluation")])
+@pytest.mark.parametrize("notebook, kind", [("50_train", "gcpo.train:Config"), ("51_evaluate", "gcpo.evaluate:Evaluation"), ("52_report", "gcpo.report:Report")])
 def test_parameters_cell_is_the_configuration(notebook, kind):
     from gcpo.core import cell
     module, name = kind.split(":")
