@@ -21,7 +21,7 @@ setup(
     keywords=cfg["keywords"].split(),
     packages=[*find_packages(include=["gcpo", "gcpo.*"]), "gcpo.nbs"],
     package_dir={"gcpo.nbs": "nbs"},
-    package_data={"gcpo.nbs": ["5*.ipynb", "params/*.yaml"]},
+    package_data={"gcpo.nbs": ["5*.ipynb", "params/*.yaml", "params/*/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "tasks", "slurm", "vllm", "trackers")},

@@ -45,10 +45,11 @@ def read_logp(policy: Policy, states_N_D: Tensor, at_K: Tensor, target_K: Tensor
     per_chunk = max(1, CHUNK_BYTES // (4 * policy.vocabulary))
     if len(rows) <= per_chunk:
         return _read(policy, states_N_D[rows], row_K, target_K, temperature, entropy)
-    order = row_K.argsort(stable=True)
+    order, starts = row_K.argsort(stable=True), range(0, len(rows), per_chunk)
+    bounds = torch.searchsorted(row_K[order], torch.tensor([*starts, len(rows)], device=row_K.device)).tolist()
     parts = []
-    for lo in range(0, len(rows), per_chunk):
-        mine = order[(row_K[order] >= lo) & (row_K[order] < lo + per_chunk)]
+    for lo, first, end in zip(starts, bounds, bounds[1:]):
+        mine = order[first:end]
         args = (policy, states_N_D[rows[lo:lo + per_chunk]], row_K[mine] - lo, target_K[mine], temperature, entropy)
         parts.append(checkpoint(_read, *args, use_reentrant=False) if torch.is_grad_enabled() else _read(*args))
     back = order.argsort()
