@@ -62,10 +62,12 @@ _DRAWING = threading.Semaphore(2)  # each picture starts a browser: no more than
 def picture_html(figure: go.Figure, alt: str) -> str:
     "A figure as an <img> that holds its own data, or an empty string where there is no Chrome or Chromium to draw it."
     import base64
+    import logging
     import warnings
     try:
         with _DRAWING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            logging.getLogger("choreographer").setLevel(logging.CRITICAL)  # it logs a traceback for a message that it then ignores
             data = at_width(figure).to_image("webp")
     except Exception:  # kaleido has many ways to say that it found no browser
         return ""

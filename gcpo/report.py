@@ -725,15 +725,17 @@ difference that so many seeds and problems find four times in five.""".replace("
 
 
 def table_html(table: pd.DataFrame) -> str:
-    "A table of a section as HTML, escaped."
+    "A table of a section as HTML, escaped; what a block of rows has in common stands once."
     plain = table.index.nlevels == 1 and isinstance(table.index, pd.RangeIndex)
-    return table.to_html(index=not plain, border=0, na_rep="", float_format=lambda v: f"{v:,.1f}").replace(' style="text-align: right;"', "")
+    common = [name for name in ("block", "benchmark") if plain and name in table]
+    told = (table.set_index(common) if common else table).to_html(index=not plain or bool(common), border=0, na_rep="", float_format=lambda v: f"{v:,.1f}")
+    return told.replace(' style="text-align: right;"', "")
 
 
 def page(title: str, parts: Sequence[Section]) -> str:
     "Sections as one self-contained HTML page."
     from plotly.offline import get_plotlyjs
-    draw = lambda figure, place: figure.to_html(full_html=False, include_plotlyjs=False, div_id=place, config=dict(displaylogo=False, responsive=True))
+    draw = lambda figure, place: figure.to_html(full_html=False, include_plotlyjs=False, div_id=place, config=dict(displaylogo=False, responsive=True, showSendToCloud=False))
     body = []
     for k, s in enumerate(parts):
         body.append(f'<h2 id="s{k}">{html.escape(s.title)}</h2>' + "".join(f"<p>{html.escape(masked(line))}</p>" for line in s.told))

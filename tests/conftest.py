@@ -27,6 +27,7 @@ def small(tmp_path):
     return {**SMALL, "output_dir": str(tmp_path / "run")}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     "Of several test processes one runs a file, for its fixtures' sake; notebooks go to whichever is free."
     for item in items:
