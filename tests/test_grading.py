@@ -292,6 +292,20 @@ def test_memory_is_limited():
     assert found.score == 0.0 and found.reason in ("timed out", "wrong")
 
 
+def test_a_worker_stays_although_its_parent_is_large(tmp_path):
+    code = r"""
+ballast = bytearray(600_000_000)
+from gcpo.grade import grade, pool
+pids = set()
+for i in range(6):
+    assert grade(rf"\boxed{{{i}x+2}}", rf"2+{i}x").score == 1.0
+    pids |= {w.process.pid for w in pool.all}
+print(len(pids))
+"""
+    done = subprocess.run(script(tmp_path, code), env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "1", done.stderr
+
+
 def test_a_worker_that_dies_is_replaced():
     assert grade(boxed("5x+2"), "2+5x").score == 1.0
     for worker in list(pool.all):
