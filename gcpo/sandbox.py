@@ -142,9 +142,11 @@ def _landlock(shown, hidden, writable):
 # %% ../nbs/05_sandbox.ipynb #ff67bb12
 def _filter(own, forks):
     "The instructions of the filter, 8 bytes each. own: the pid it may signal where there is no pid namespace, else 0; forks: whether it may start processes. Raises KeyError on an unknown machine."
-    arch, refused, lonely, own_only, clone, clone3 = {
-        "x86_64": (0xC000003E, "41 101 155 161 165 166 175 246 248 249 250 272 298 304 308 310 311 313 321 323 425 428 429 430 438 442", "109 112 424", "62 129 200 234 297 302", 56, 435),
-        "aarch64": (0xC00000B7, "198 117 41 51 40 39 105 104 217 218 219 97 241 265 268 270 271 273 280 282 425 428 429 430 438 442", "154 157 424", "129 138 130 131 240 261", 220, 435),
+    arch, refused, lonely, own_only, owners, clone, clone3 = {
+        "x86_64": (0xC000003E, "29 41 64 68 101 155 161 165 166 175 240 246 248 249 250 272 298 304 308 310 311 313 319 321 323 425 428 429 430 438 442 447",
+                   "109 112 141 251 256 279 424 440", "62 129 142 144 200 203 234 297 302 314", (72, 16), 56, 435),
+        "aarch64": (0xC00000B7, "194 198 190 186 117 41 51 40 39 180 105 104 217 218 219 97 241 265 268 270 271 273 279 280 282 425 428 429 430 438 442 447",
+                    "154 157 140 30 238 239 424 440", "129 138 118 119 130 122 131 240 261 274", (25, 29), 220, 435),
     }[os.uname().machine]
     load, equal, any_bit, at_least, done = 0x20, 0x15, 0x45, 0x35, 0x06
     eperm, eagain, enosys, allow, kill = 0x50001, 0x5000B, 0x50026, 0x7FFF0000, 0x80000000
@@ -155,6 +157,8 @@ def _filter(own, forks):
         code += [(equal, 0, 1, int(number)), (done, 0, 0, eagain)]
     for number in own_only.split() if own else []:
         code += [(equal, 0, 5, int(number)), (load, 0, 0, 16), (equal, 2, 0, own), (equal, 1, 0, 0), (done, 0, 0, eperm), (done, 0, 0, allow)]
+    for number, commands in zip(owners, ((8, 10, 15), (0x8901, 0x8902))) if own else ():
+        code += [(equal, 0, 2 * len(commands) + 2, number), (load, 0, 0, 24), *[one for c in commands for one in ((equal, 0, 1, c), (done, 0, 0, eperm))], (done, 0, 0, allow)]
     thread = [] if forks else [(any_bit, 1, 0, 0x10000), (done, 0, 0, eagain)]
     code += [(equal, 0, 1, clone3), (done, 0, 0, enosys), (equal, 0, 3 + len(thread), clone), (load, 0, 0, 16), (any_bit, 0, 1, 0x7E020000), (done, 0, 0, eperm), *thread, (done, 0, 0, allow)]
     return b"".join(struct.pack("=HBBI", *one) for one in code)
@@ -394,11 +398,11 @@ def _described_args(error):
 
 # %% ../nbs/05_sandbox.ipynb #7386aed6
 def _exception(bases, args):
-    "The first of the named exceptions that takes these arguments. Only names of builtin subclasses of Exception are heeded."
+    "The first of the named exceptions that takes these arguments. Only names of builtin subclasses of Exception are heeded, and none that ends a loop."
     import builtins
     for name in [*bases, "Exception"]:
         kind = getattr(builtins, name, None)
-        if isinstance(kind, type) and issubclass(kind, Exception):
+        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, (StopIteration, StopAsyncIteration)):
             try:
                 return kind(*args)
             except Exception:

@@ -55,6 +55,7 @@ class World:
     def __init__(self, directory):
         self.mark = "m" + os.urandom(6).hex()
         self.bystander = subprocess.Popen(["sleep", "600"])
+        self.pace = self.paces()
         self.file = directory / "precious.txt"
         self.file.write_text("precious")
         os.chmod(directory, 0o777)
@@ -63,13 +64,22 @@ class World:
         self.listener.settimeout(0.02)
         self.before = set(os.listdir(tempfile.gettempdir()))
         self.descriptors = len(os.listdir("/dev/fd"))
+        self.shared = self.segments()
 
     def source(self, text):
         name = f"import ctypes; ctypes.CDLL(None).prctl(15, b'{self.mark}', 0, 0, 0); del ctypes\n" if LINUX else ""
         return name + text.replace("PRECIOUS", str(self.file)).replace("PORT", str(self.listener.getsockname()[1])).replace("PARENT", str(os.getpid())).replace("BYSTANDER", str(self.bystander.pid))
 
+    def segments(self):
+        return [line for kind in ("shm", "sem", "msg") if (path := Path("/proc/sysvipc", kind)).exists() for line in path.read_text().splitlines() if line.split()[0] == "0"]
+
+    def paces(self):
+        return [(os.getpriority(os.PRIO_PROCESS, pid), os.sched_getaffinity(pid), os.sched_getscheduler(pid)) for pid in (self.bystander.pid, os.getpid())] if LINUX else []
+
     def unharmed(self):
         assert self.bystander.poll() is None, "the bystander was killed"
+        assert self.paces() == self.pace, "the bystander was slowed"
+        assert not LINUX or self.segments() == self.shared, "shared memory was left behind"
         assert self.file.read_text() == "precious" and os.listdir(self.file.parent) == ["precious.txt"]
         with pytest.raises(TimeoutError):
             self.listener.accept()
@@ -103,6 +113,7 @@ if os.fork() == 0:
 os.wait()
 """
 OPEN_FILES = "import os\nfor fd in range(64):\n    try: os.write(fd, b'passed')\n    except OSError: pass\n"
+SHARED = "import ctypes\nif ctypes.CDLL(None).NAME(0, SIZE0o1600) < 0: raise PermissionError()\nassert False, 'made'"
 DENIED = r"PermissionError|OSError|FileNotFoundError|ended before|ProcessLookupError"
 
 HOSTILE = {
@@ -177,6 +188,22 @@ HOSTILE = {
     "hard link out": ("import os; os.link('PRECIOUS', 'link'); open('link', 'w').write('mine')", DENIED),
     "socket file": ("import socket; socket.socket(socket.AF_UNIX).bind('\\0gcpo')", DENIED),
     "NUL bytes": ("a = 1\0", "not Python"),
+    "shared memory that no limit counts": (SHARED.replace("NAME", "shmget").replace("SIZE", "67108864, "), "PermissionError"),
+    "semaphores that outlive it": (SHARED.replace("NAME", "semget").replace("SIZE", "1, "), "PermissionError"),
+    "message queues that outlive it": (SHARED.replace("NAME", "msgget").replace("SIZE", ""), "PermissionError"),
+    "memory in files without a name": ("import os\nkept = []\nfor _ in range(40):\n    kept.append(os.memfd_create('a'))\n    os.write(kept[-1], bytes(16 << 20))\nassert False, 'held'", "PermissionError"),
+    "a signal from a pipe": ("import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, BYSTANDER)\nfcntl.fcntl(r, 10, 9)\nfcntl.fcntl(r, fcntl.F_SETFL, fcntl.fcntl(r, fcntl.F_GETFL) | os.O_ASYNC)\nos.write(w, b'x')\nassert False, 'sent'", DENIED),
+    "a signal from a socket": ("import fcntl, socket, struct\na, b = socket.socketpair()\nfcntl.ioctl(a, 0x8901, struct.pack('i', BYSTANDER))\nfcntl.fcntl(a, 10, 9)\nfcntl.fcntl(a, fcntl.F_SETFL, 0o20000)\nb.send(b'x')\nassert False, 'sent'", DENIED),
+    "slowing a bystander": ("import os\nos.setpriority(os.PRIO_PROCESS, BYSTANDER, 19)", DENIED),
+    "pinning a bystander": ("import os\nos.sched_setaffinity(BYSTANDER, [min(os.sched_getaffinity(0))])\nos.sched_setscheduler(BYSTANDER, os.SCHED_IDLE, os.sched_param(0))", DENIED),
+    "idling a bystander": ("import os\nos.sched_setscheduler(BYSTANDER, os.SCHED_IDLE, os.sched_param(0))", DENIED),
+    "the kernel's keys": ("import ctypes, os\nif ctypes.CDLL(None).syscall({'x86_64': 248, 'aarch64': 217}[os.uname().machine], b'user', b'a', b'b', 1, -3) < 0: raise PermissionError()\nassert False", "PermissionError"),
+    "system calls of 32 bits": ("import ctypes, mmap\npage = mmap.mmap(-1, 4096, prot=7)\npage.write(bytes.fromhex('b814000000cd80c3'))\nctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()\nassert False, 'called'", r"killed by SIG(SYS|ILL|SEGV)"),
+    "a set-user-ID program": ("import os\nfor name in ('su', 'mount', 'passwd'):\n    try: os.execv('/usr/bin/' + name, [name])\n    except OSError as e: last = e\nraise last", DENIED),
+    "writing its own memory": ("open('/proc/self/mem', 'r+b')", DENIED),
+    "a child's verdict": ("import os\nif os.fork() == 0:\n    os.write(3, b'passed')\n    os._exit(0)\nos.wait()\nos._exit(0)", r"ended before its last line|BlockingIOError"),
+    "exit in flush": ("import os, sys\nclass Out:\n    def flush(self): os._exit(0)\n    write = len\nsys.stdout = Out()\nassert False", r"ended before its last line \(exit code 0\)"),
+    "an alarm that exits": ("import os, signal\nsignal.signal(signal.SIGALRM, lambda *a: os._exit(0))\nsignal.setitimer(signal.ITIMER_REAL, 0.1)\nwhile True: pass", r"ended before its last line \(exit code 0\)"),
     "surrogates": ("a = '\udc80'", "not Python: UnicodeEncodeError"),
     "no Python": ("def f(:", "not Python: SyntaxError"),
     "deep brackets": ("(" * 100_000, "not Python|memory limit"),
@@ -203,7 +230,8 @@ def limits(told):
 
 CONTAINER = ["fork bomb", "endless loop", "list balloon", "gigabytes of stdout", "writing outside", "reading outside", "a large file", "deep closed directories", "deleting its directory", "killing the parent", "killing all",
              "killing its group", "killing its parents", "stopping itself", "outgoing socket", "local socket", "daemon", "os._exit", "reading memory", "reading the environment", "reading its parent", "ptrace", "unshare",
-             "mount", "limits back", "symlink out", "hard link out", "the project", "absent module", "threads that never end"]
+             "mount", "limits back", "symlink out", "hard link out", "the project", "absent module", "threads that never end", "shared memory that no limit counts", "semaphores that outlive it", "message queues that outlive it", "memory in files without a name",
+             "a signal from a pipe", "a signal from a socket", "slowing a bystander", "pinning a bystander", "idling a bystander", "the kernel's keys", "system calls of 32 bits"]
 
 
 @isolated
@@ -220,7 +248,10 @@ def test_hostile_as_in_a_container_without_namespaces(name, world):
 WALLS = [(name, off) for off in (["landlock"], ["seccomp"], ["landlock", "seccomp"], ["file system view"]) for name in ("writing outside", "reading outside", "symlink out", "local socket", "killing all", "daemon")]
 
 
-@pytest.mark.parametrize("name, off", [*WALLS, ("fork bomb", ["own user"]), ("fork bomb", ["landlock", "seccomp"]), ("becoming root", ["seccomp"]), ("limits back", ["seccomp"]), ("killing a bystander", [*NAMESPACES, "landlock"]), ("killing a bystander", [*NAMESPACES, "seccomp"])])
+SAME_USER = [(name, [*NAMESPACES, "own user", "landlock"]) for name in ("killing a bystander", "a signal from a pipe", "a signal from a socket", "slowing a bystander", "pinning a bystander", "idling a bystander")]
+
+
+@pytest.mark.parametrize("name, off", [*WALLS, *SAME_USER, ("fork bomb", ["own user"]), ("fork bomb", ["landlock", "seccomp"]), ("becoming root", ["seccomp"]), ("limits back", ["seccomp"]), ("killing a bystander", [*NAMESPACES, "landlock"]), ("killing a bystander", [*NAMESPACES, "seccomp"])])
 @isolated
 def test_each_wall_stands_without_the_other(name, off, world):
     source, told = HOSTILE[name]
@@ -299,6 +330,12 @@ def f(x):
 """, "KeyError: 'unseen'"),
     "tests in files": ("import os, glob\ndef f(x):\n    for p in glob.glob('/proc/*/cmdline') + glob.glob('/tmp/**', recursive=True):\n        try: assert b'SECR' + b'ET' not in open(p, 'rb').read(), 'seen'\n        except OSError: pass\n    raise KeyError('unseen')", "KeyError: 'unseen'"),
     "tests in descriptors": ("import os\ndef f(x):\n    for fd in range(64):\n        if fd in (1, 2, 5): continue\n        try:\n            os.set_blocking(fd, False)\n            assert b'SECR' not in os.read(fd, 10**6), 'seen'\n        except OSError: pass\n    raise KeyError('unseen')", "KeyError: 'unseen'"),
+    "the token": ("import os, sys\ndef f(x):\n    frame = sys._getframe()\n    while 'token' not in frame.f_locals: frame = frame.f_back\n    os.write(3, frame.f_locals['token'])\n    os._exit(0)", "the solution closed its line to the tests"),
+    "a fault that says passed": ("import os, json\ndef f(x):\n    t = json.dumps(['l', 'fault', 'passed', None])\n    os.write(6, len(t).to_bytes(4, 'little') + t.encode())", "^said 'passed'"),
+    "patching the judge": ("import sys, os\ndef f(x):\n    own = sys._getframe().f_back.f_globals\n    for name in ('_become', '_ending', '_pack', '_send'): own[name] = lambda *a: os.write(3, b'passed')\n    return 4", "timed out after 1 s|not plain data"),
+    "tracing the judge": ("import sys\ndef f(x):\n    frame = sys._getframe().f_back\n    def jump(frame, event, arg): frame.f_lineno = frame.f_code.co_firstlineno + 3; return jump\n    frame.f_trace = jump\n    sys.settrace(jump)\n    return 0", "AssertionError|ended|timed out|closed its line|ValueError|not plain data"),
+    "a patched int": ("import builtins\nclass A(int):\n    __eq__ = lambda s, o: True\n    __hash__ = int.__hash__\nbuiltins.int = A\ndef f(x): return A(7)", "AssertionError|not plain data"),
+    "no end to a loop": ("def f(x): raise StopIteration(4)", "Exception: 4"),
     "killing the tests": ("import os\ndef f(x):\n    for pid in [-1, *range(1, 300)]:\n        if pid != os.getpid():\n            try: os.kill(pid, 9)\n            except OSError: pass\n    return 0", "AssertionError|ended|killed by SIGKILL"),
 }
 
@@ -327,6 +364,13 @@ def test_lies_as_in_a_container_without_namespaces(name, world):
 def test_a_test_that_catches_everything_hides_no_fault(tests, solution):
     verdict = judge(solution, tests, "f", timeout=1)
     assert not verdict.passed and ("ended" in verdict.reason or "not plain data" in verdict.reason), verdict
+
+
+@pytest.mark.parametrize("tests", ["assert all(map(f, [1, 2, 3]))", "assert list(map(f, [1, 2])) == []", "assert not any(map(f, [1, 2]))", "for _ in filter(f, [1, 2]): assert False"])
+@pytest.mark.parametrize("error", ["StopIteration", "StopAsyncIteration", "type('E', (StopIteration,), {})"])
+def test_a_solution_cannot_end_the_tests_loops(tests, error):
+    verdict = judge(f"def f(x): raise {error}(7)", tests, "f", timeout=5)
+    assert not verdict.passed and verdict.reason.startswith("Exception: 7"), verdict
 
 
 def test_tests_that_never_call_the_function_prove_nothing():
