@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Evaluation', 'problems_of', 'training_rows', 'run_of', 'grades_of', 'records_of', 'write_records', 'read_part',
-           'read_records', 'matrix', 'score_row', 'evaluate', 'sample_benchmark', 'unanswered', 'folder', 'fingerprint',
-           'weights_of', 'check_prompts', 'Results', 'read_results', 'scores_of', 'compare_evaluations', 'main']
+           'read_records', 'matrix', 'score_row', 'unanswered', 'folder', 'fingerprint', 'weights_of', 'check_prompts',
+           'evaluate', 'sample_benchmark', 'Results', 'read_results', 'scores_of', 'compare_evaluations', 'main']
 
 # %% ../nbs/31_evaluate.ipynb #6058ded2
 import json
@@ -194,44 +194,7 @@ def score_row(records, found=None) -> dict:
         row |= dict(trained_on=len(found), score_without=float(np.nan_to_num(matrix(clean)).mean()) if len(clean) else math.nan)
     return row
 
-# %% ../nbs/31_evaluate.ipynb #df8c9225
-def evaluate(config: Evaluation, policy: Policy | None = None) -> "Results":
-    """Sample, grade and record every problem of every benchmark; continue where an earlier call was stopped.
-
-    `policy`: one that is loaded already (config.model then is its name). Raises ValueError before anything is sampled: unknown or unreadable benchmarks and training data, prompts that do not fit the window, a directory with other results."""
-    problems = {name: problems_of(config, name) for name in config.benchmarks}
-    asked = dict(problems={name: fingerprint(rows) for name, rows in problems.items()}, weights=weights_of(config.model))
-    directory = check_directory(config, ("output_dir", "problems_at_once", "token_budget", "device"), **asked)
-    trained = training_rows(config) if config.check_overlap else None
-    found = {name: overlap(trained, rows) for name, rows in problems.items()} if trained is not None else {}
-    missing = {name: unanswered(directory / "records" / folder(name), rows) for name, rows in problems.items()}
-    if any(missing.values()):
-        policy = policy or load_policy(config.model, device=config.device or None, dtype=config.dtype)
-        for name, rows in missing.items():
-            check_prompts(config, policy, name, rows)
-        write_manifest(directory, config, **asked)
-        write_atomic(directory / "overlap.json", json.dumps({name: table.to_dict("records") for name, table in found.items()}, indent=1))
-        with for_sampling(policy, config.token_budget) as quick:
-            for name, rows in missing.items():
-                sample_benchmark(config, quick, name, problems[name], rows, directory / "records" / folder(name))
-    return read_results(directory)
-
-
-def sample_benchmark(config: Evaluation, policy: Policy, name: str, rows: Sequence[Row], missing: Sequence[Row], directory: Path) -> None:
-    "The chunks of one benchmark that are not on disk yet, under a bar that counts all its problems."
-    engine, place = partial(ENGINES[config.engine], token_budget=config.token_budget), {r.id: i for i, r in enumerate(rows)}
-    bar, right = tqdm(total=len(rows), initial=len(rows) - len(missing), desc=name, unit="problem", disable=not missing), []
-    for begin in range(0, len(missing), config.problems_at_once):
-        chunk, began = missing[begin:begin + config.problems_at_once], time.perf_counter()
-        records = records_of(config, policy, name, chunk, engine)
-        seconds = (time.perf_counter() - began) / len(records)
-        write_records(directory, place[chunk[0].id], [{**r, "seconds": seconds} for r in records])
-        right += [r["score"] for r in records if not math.isnan(r["score"])]
-        bar.set_postfix(right=f"{np.mean(right):.1%}" if right else "-", refresh=False)
-        bar.update(len(chunk))
-    bar.close()
-
-
+# %% ../nbs/31_evaluate.ipynb #87e17e3f
 def unanswered(directory: Path, rows: Sequence[Row]) -> list[Row]:
     "The problems without records in a directory. Raises ValueError if a file of records is damaged."
     done = {i for part in directory.glob("*.parquet") for i in read_part(part, columns=["problem_id"]).problem_id}
@@ -261,6 +224,45 @@ def check_prompts(config: Evaluation, policy: Policy, name: str, rows: Sequence[
     if worst[0] + config.max_completion_length > policy.window:
         raise ValueError(f"'{name}': problem '{worst[1]}' has {worst[0]} tokens; with max_completion_length={config.max_completion_length} that is over the window of {policy.window} of '{policy.name}': "
                          f"at most {policy.window - worst[0]} would fit")
+
+# %% ../nbs/31_evaluate.ipynb #df8c9225
+def evaluate(config: Evaluation, policy: Policy | None = None) -> "Results":
+    """Sample, grade and record every problem of every benchmark; continue where an earlier call was stopped. The table of a finished evaluation lies beside the records, as scores.json.
+
+    `policy`: one that is loaded already (config.model then is its name). Raises ValueError before anything is sampled: unknown or unreadable benchmarks and training data, prompts that do not fit the window, a directory with other results."""
+    problems = {name: problems_of(config, name) for name in config.benchmarks}
+    asked = dict(problems={name: fingerprint(rows) for name, rows in problems.items()}, weights=weights_of(config.model))
+    directory = check_directory(config, ("output_dir", "problems_at_once", "token_budget", "device"), **asked)
+    trained = training_rows(config) if config.check_overlap else None
+    found = {name: overlap(trained, rows) for name, rows in problems.items()} if trained is not None else {}
+    missing = {name: unanswered(directory / "records" / folder(name), rows) for name, rows in problems.items()}
+    if any(missing.values()):
+        policy = policy or load_policy(config.model, device=config.device or None, dtype=config.dtype)
+        for name, rows in missing.items():
+            check_prompts(config, policy, name, rows)
+        write_manifest(directory, config, **asked)
+        write_atomic(directory / "overlap.json", json.dumps({name: table.to_dict("records") for name, table in found.items()}, indent=1))
+        with for_sampling(policy, config.token_budget) as quick:
+            for name, rows in missing.items():
+                sample_benchmark(config, quick, name, problems[name], rows, directory / "records" / folder(name))
+    results = read_results(directory)
+    write_atomic(directory / "scores.json", results.table.to_json(orient="index", indent=1))
+    return results
+
+
+def sample_benchmark(config: Evaluation, policy: Policy, name: str, rows: Sequence[Row], missing: Sequence[Row], directory: Path) -> None:
+    "The chunks of one benchmark that are not on disk yet, under a bar that counts all its problems."
+    engine, place = partial(ENGINES[config.engine], token_budget=config.token_budget), {r.id: i for i, r in enumerate(rows)}
+    bar, right = tqdm(total=len(rows), initial=len(rows) - len(missing), desc=name, unit="problem", disable=not missing), []
+    for begin in range(0, len(missing), config.problems_at_once):
+        chunk, began = missing[begin:begin + config.problems_at_once], time.perf_counter()
+        records = records_of(config, policy, name, chunk, engine)
+        seconds = (time.perf_counter() - began) / len(records)
+        write_records(directory, place[chunk[0].id], [{**r, "seconds": seconds} for r in records])
+        right += [r["score"] for r in records if not math.isnan(r["score"])]
+        bar.set_postfix(right=f"{np.mean(right):.1%}" if right else "-", refresh=False)
+        bar.update(len(chunk))
+    bar.close()
 
 # %% ../nbs/31_evaluate.ipynb #057eb72c
 @dataclass(frozen=True, repr=False)
