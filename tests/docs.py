@@ -70,9 +70,11 @@ def reading_order(root: Path = ROOT) -> list[Path]:
 
 def read_page(path: Path) -> Page:
     notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:  # progress bars of programs that have ended; what has no other form than a widget
-        for output in cell.get("outputs", []):
-            output.get("data", {}).pop(WIDGET, None) and "text/html" not in output.data and output.data.clear()
+    for cell in notebook.cells:
+        if "outputs" in cell:  # without what has no other form than a widget: progress bars of programs that have ended
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {}) or "text/html" in o.data]
+            for output in cell.outputs:
+                output.get("data", {}).pop(WIDGET, None)
     head = notebook.cells[0].source
     title, promise = re.search(r"^# (.+)$", head, re.M)[1], re.search(r"^> ?(.+)$", head, re.M)
     module = re.search(r"^#\| ?default_exp (\w+)", "\n".join(c.source for c in notebook.cells), re.M)
@@ -120,23 +122,23 @@ def example(entry: Entry, imported: list[tuple[Page, set]]) -> tuple[Page, nbfor
 
 # ---- signatures and shapes
 
-def signature(node, source: str) -> str:
-    "The definition as it is written, without body and docstring; of a class its fields too."
-    lines = source.splitlines()
-    decorators = [f"@{ast.unparse(d)}" for d in node.decorator_list]
-    head = lines[node.lineno - 1:node.body[0].lineno - 1] or [ast.unparse(node.__class__(**{**vars(node), "decorator_list": [], "body": [ast.Expr(ast.Constant(...))]})).rsplit("\n", 1)[0]]
-    fields = [line for n in node.body if isinstance(n, ast.AnnAssign) for line in lines[n.lineno - 1:n.end_lineno]] if isinstance(node, ast.ClassDef) else []
-    cut = node.col_offset
-    return "\n".join([*decorators, *(line[cut:] if not line[:cut].strip() else line for line in [*head, *fields])]).rstrip()
+def lineage(node: ast.ClassDef, classes: dict[str, tuple[ast.ClassDef, str]]) -> list[tuple[ast.ClassDef, str]]:
+    "A class and its bases in the same module with their sources, the furthest base first."
+    bases = [pair for base in reversed(node.bases) if isinstance(base, ast.Name) and base.id in classes for pair in lineage(classes[base.id][0], classes)]
+    return [*bases, classes[node.name]]
 
 
-def methods(node: ast.ClassDef, classes: dict[str, tuple[ast.ClassDef, str]]) -> dict[str, tuple[ast.FunctionDef, str]]:
+def signature(node, source: str, classes: dict = {}) -> str:
+    "The definition as it is written, without body and docstring; of a class its fields too, those of its bases first."
+    lines, cut = source.splitlines(), node.col_offset
+    head = lines[node.lineno - 1:node.body[0].lineno - 1] or [lines[node.lineno - 1]]
+    fields = {f.target.id: "\n".join(text.splitlines()[f.lineno - 1:f.end_lineno]) for one, text in (lineage(node, classes) if isinstance(node, ast.ClassDef) else []) for f in one.body if isinstance(f, ast.AnnAssign)}
+    return "\n".join([*(f"@{ast.unparse(d)}" for d in node.decorator_list), *(line[cut:] if not line[:cut].strip() else line for line in head), *fields.values()]).rstrip()
+
+
+def methods(node: ast.ClassDef, classes: dict) -> dict[str, tuple[ast.FunctionDef, str]]:
     "Public methods by name with their sources, those of bases in the same module included."
-    found = {}
-    for base in reversed(node.bases):
-        if isinstance(base, ast.Name) and base.id in classes:
-            found |= methods(classes[base.id][0], classes)
-    return found | {n.name: (n, classes[node.name][1]) for n in node.body if isinstance(n, ast.FunctionDef) and (not n.name.startswith("_") or n.name in ("__init__", "__call__"))}
+    return {n.name: (n, source) for one, source in lineage(node, classes) for n in one.body if isinstance(n, ast.FunctionDef) and (not n.name.startswith("_") or n.name in ("__init__", "__call__"))}
 
 
 def legend(page: Page) -> dict[str, str]:
@@ -146,14 +148,14 @@ def legend(page: Page) -> dict[str, str]:
 
 
 def shapes(text: str, meaning: dict[str, str]) -> dict[str, str]:
-    return {name: " × ".join(meaning.get(axis, axis) for axis in name[re.search(r"(_[A-Z])+$", name).start() + 1:].split("_")) for name in dict.fromkeys(re.findall(r"\b\w*[a-z](?:_[A-Z])+\b", text))}
+    return {name: " × ".join(meaning.get(axis, axis) for axis in name[re.search(r"(_[A-Z])+$", name).start() + 1:].split("_")) for name in dict.fromkeys(re.findall(r"\b\w+?(?:_[A-Z])+\b", text))}
 
 
 # ---- HTML
 
 def formula(tex: str, display: str = "inline") -> str:
     "MathML; letters that browsers no longer take from mathvariant become characters, and a function's name keeps its distance."
-    mathml = convert(re.sub(r"(\\[Bb]igg?)\\([{}])", lambda m: m[1] + {"{": r"\lbrace", "}": r"\rbrace"}[m[2]] + " ", tex), display=display)
+    mathml = convert(tex, display=display).replace(r">\{<", ">{<").replace(r">\}<", ">}<")  # of \Big\{
     mathml = re.sub(r'<m([in]) mathvariant="double-struck">(\w)</m', lambda m: f"<m{m[1]}>{double_struck(m[2])}</m", mathml)
     return re.sub(r"<mi>(\w{2,})</mi>(?=<m(?!o\b))", r'<mrow><mi>\1</mi><mspace width="0.17em"></mspace></mrow>', mathml)
 
@@ -238,7 +240,8 @@ def build(out: Path, paths: list[Path] | None = None) -> list[str]:
     def write(template: str, address: str, title: str, **more) -> None:
         (out / address).write_text(render(template).render(title=title, up="../" * address.count("/"), **more))
 
-    exporter = Exporter(embed_images=True, log_level="ERROR")
+    exporter = Exporter(embed_images=True)
+    exporter.log.setLevel("ERROR")
     for before, page, after in zip([None, *pages], pages, [*pages[1:], None]):
         exporter.links = links | {e.node.name: e.url for e in exported[page.path]}
         body, _ = exporter.from_notebook_node(page.notebook, {"metadata": {"path": str(page.path.parent), "name": page.path.stem}})
@@ -250,7 +253,7 @@ def build(out: Path, paths: list[Path] | None = None) -> list[str]:
         describe = partial(prose, links=links | here)
         for e in exported[page.path]:
             parts = [(signature(n, s), ast.get_docstring(n) or "") for n, s in parts_of[e.url].values()]
-            told, text, doc = example(e, imported), signature(e.node, e.source), ast.get_docstring(e.node) or ""
+            told, text, doc = example(e, imported), signature(e.node, e.source, classes[e.page.path]), ast.get_docstring(e.node) or ""
             words.append((f"{e.module}.{e.node.name}", e.url, tidy(" ".join([text, doc, *(t for part in parts for t in part)]))))
             write("function.html", e.url, f"{e.module}.{e.node.name}", entry=e, url=url, signature=coloured(text), doc=describe(doc), methods=[(coloured(s), describe(d)) for s, d in parts],
                   shapes=shapes("\n".join([text, *(s for s, _ in parts)]), core | legend(page)), cell=page.notebook.cells[e.cell].id, told=told and (told[0], told[1].id, coloured(told[1].source), told[2]))
