@@ -52,5 +52,5 @@ record: install ## make anew, with SmolLM2, what the tours read from data/ (half
 tiny: install ## rebuild the checkpoint in data/tiny (20 minutes)
 	cd nbs/tours && ../../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace tiny_warm_start.ipynb
 
-docs: install ## HTML of all notebooks in _docs
-	$(BIN)/jupyter nbconvert --log-level ERROR --to html --embed-images --output-dir _docs nbs/*.ipynb nbs/tours/*.ipynb
+docs: install ## all notebooks, and a page for every function, as a site in _docs that needs no network; two minutes
+	$(BIN)/python tests/docs.py _docs

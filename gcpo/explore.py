@@ -208,16 +208,19 @@ def choice(name: str, label: str, options: Sequence, value) -> widgets.Dropdown:
 
 
 def switch(name: str, label: str, value: bool) -> widgets.Checkbox:
+    "A checkbox, its label beside it; on the page an element of class gcpo-`name`."
     return _named(widgets.Checkbox(value=value, description=label, indent=False, layout={"width": "max-content"}), name)
 
 # %% ../nbs/40_explore.ipynb #2bc96d8f
 def button(name: str, label: str, act: Callable) -> widgets.Button:
+    "A button that calls `act(button)` when it is clicked; on the page an element of class gcpo-`name`."
     made = _named(widgets.Button(description=label, layout={"width": "max-content"}), name)
     made.on_click(act)
     return made
 
 
 def row(*controls: widgets.Widget) -> widgets.Box:
+    "Controls beside each other, in further lines where the page is narrow."
     made = widgets.Box(controls, layout={"display": "flex"})
     made.add_class("gcpo-controls")
     return made

@@ -853,6 +853,7 @@ def _trained_run(run_dir: str | Path) -> tuple[Path, dict, dict]:
 
 
 def is_adapter(run_dir: Path) -> bool:
+    "Whether the policy that a run left is a LoRA adapter, and not a whole model."
     return (run_dir / "policy" / "adapter_config.json").exists()
 
 # %% ../nbs/33_report.ipynb #799e7ccc

@@ -734,6 +734,7 @@ def completion_rows(policy: Policy, groups: Sequence[Group], recipe: Recipe, ste
 
 
 def write_completions(directory: Path, rows: list[dict], step: int) -> None:
+    "A step's `completion_rows` as a file of their own, completions/step-000001.parquet and on in the run's directory; whole, or not at all."
     import pandas as pd
     (directory / "completions").mkdir(exist_ok=True)
     with atomic(directory / "completions" / f"step-{step:06d}.parquet") as file:

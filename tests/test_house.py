@@ -75,6 +75,12 @@ def test_every_export_is_followed_by_an_assertion():
                 assert any(re.search(r"\bassert\b|raises", s) for s in sources[i + 1:i + 8]), f"{nb.name}: {source[:80]}"
 
 
+def test_every_public_function_says_what_it_does():
+    silent = [f"gcpo/{module}.py:{node.lineno} {node.name}" for module in EXPORTING for node in ast.parse((ROOT / "gcpo" / f"{module}.py").read_text()).body
+              if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node)]
+    assert silent == [], "give them a docstring: what comes out, shapes, units, errors"
+
+
 def test_import_is_light():
     code = "import sys, time; t = time.perf_counter(); import gcpo; s = time.perf_counter() - t; print(s, [m for m in ('torch', 'plotly', 'transformers') if m in sys.modules])"
     seconds, loaded = min(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split(" ", 1) for _ in range(3))
@@ -92,6 +98,7 @@ def test_settings_are_the_only_source():
     shown = subprocess.run([sys.executable, "setup.py", "--name", "--version"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert shown[-2:] == [settings["DEFAULT"]["lib_name"], settings["DEFAULT"]["version"]]
     assert settings["DEFAULT"]["version"] in (ROOT / "gcpo" / "__init__.py").read_text()
+    assert f"\nversion: {settings['DEFAULT']['version']}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize("notebook, kind", [("50_train", "gcpo.train:Config"), ("51_evaluate", "gcpo.evaluate:Evaluation"), ("52_report", "gcpo.report:Report")])
