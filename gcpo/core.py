@@ -389,4 +389,4 @@ def write_manifest(directory: Path, config: Parameters, free: Sequence[str] = ("
 def data_dir() -> Path:
     "The directory of the data that comes with the project."
     here = Path(__file__).parent if "__file__" in globals() else Path.cwd().parent / "gcpo"
-    return here / "data" if (here / "data").is_dir() else here.parent / "data"
+    return here / "recorded" if (here / "recorded").is_dir() else here.parent / "data"
