@@ -91,6 +91,8 @@ def read_parameters(path: str | Path) -> dict:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         raise ValueError(f"{path}:{error.problem_mark.line + 1}: not YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected lines such as 'alpha: 2.0', found {type(values).__name__}")
     return values
