@@ -91,6 +91,8 @@ def read_parameters(path: str | Path) -> dict:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         raise ValueError(f"{path}:{error.problem_mark.line + 1}: not YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected lines such as 'alpha: 2.0', found {type(values).__name__}")
     return values
@@ -389,4 +391,4 @@ def write_manifest(directory: Path, config: Parameters, free: Sequence[str] = ("
 def data_dir() -> Path:
     "The directory of the data that comes with the project."
     here = Path(__file__).parent if "__file__" in globals() else Path.cwd().parent / "gcpo"
-    return here / "data" if (here / "data").is_dir() else here.parent / "data"
+    return here / "recorded" if (here / "recorded").is_dir() else here.parent / "data"

@@ -480,12 +480,12 @@ def _budget(run) -> dict:
         return {"tokens of evaluation": float(records.length.sum()), "seconds of evaluation": float(records.seconds.sum())}
     rows = run_metrics(run.directory)
     total = lambda names: sum(v for row in rows for k, v in row.items() if k in names or names == "time" and k.startswith("time/"))
-    tokens = {"responses": total({"tokens/rollout", "tokens/generated"}), "y_n": total({"tokens/draws"}), "continuations": total({"tokens/continuations"})}
-    return {**tokens, "tokens": sum(tokens.values()), "seconds": total("time") * run.config.get("num_processes", 1)}
+    tokens = {"responses": total({"tokens/rollout"}) or total({"tokens/generated"}), "y_n": total({"tokens/draws"}), "continuations": total({"tokens/continuations"})}
+    return {**tokens, "tokens": max(total({"tokens/generated"}), sum(tokens.values())), "seconds": total("time") * run.config.get("num_processes", 1)}
 
 
 def table_budgets(runs: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFrame:
-    """Means over the finished runs of each row -> DataFrame by block and row: runs, generated tokens (responses, y_n, continuations, all), seconds
+    """Means over the finished runs of each row -> DataFrame by block and row: runs, generated tokens (responses, y_n, continuations, all of them with substitutes), seconds
     (times processes), those of evaluations, and `times`: tokens as a multiple of the least."""
     table = placed(runs, by)
     table = table[(table.state == "finished") & ~table.base]

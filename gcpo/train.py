@@ -7,11 +7,11 @@ __all__ = ['METHODS', 'UPSILONS', 'SIMILARITIES', 'WEIGHTINGS', 'REFERENCES', 'T
            'DataParameters', 'MethodParameters', 'SearchParameters', 'RunParameters', 'Config', 'Clock', 'Recipe',
            'make_recipe', 'NonFiniteError', 'require_finite', 'score_rewards', 'judge', 'influenced', 'centres',
            'weigh', 'remember', 'refer', 'group_losses', 'update', 'means_by_name', 'accelerator_of', 'Optimiser',
-           'train_step', 'split_by', 'check_references', 'of_all_processes', 'step_metrics', 'evaluate', 'Run',
-           'restore', 'check_trackers', 'Log', 'completion_rows', 'write_completions', 'read_completions',
-           'join_completions', 'write_failed', 'check_window', 'rehearse_rewards', 'questions_of_step', 'prepare',
-           'train', 'check_shares', 'line', 'finish', 'search_settings', 'train_by_search', 'read_run', 'main',
-           'launch', 'summary']
+           'train_step', 'counted', 'split_by', 'check_references', 'of_all_processes', 'step_metrics', 'answer',
+           'held_out_metrics', 'evaluate', 'Run', 'restore', 'check_trackers', 'Log', 'completion_rows',
+           'write_completions', 'read_completions', 'join_completions', 'evaluate_run', 'write_failed', 'check_window',
+           'rehearse_rewards', 'questions_of_step', 'prepare', 'train', 'check_shares', 'line', 'finish',
+           'search_settings', 'train_by_search', 'read_run', 'main', 'launch', 'summary']
 
 # %% ../nbs/30_train.ipynb #b8844c4b
 import json
@@ -530,6 +530,7 @@ class Optimiser:
 def train_step(policy: Policy, reference: Callable, queries: Sequence, recipe: Recipe, optimiser: Optimiser, step: int) -> tuple[list[Group], dict]:
     "Rollout, reward, collider, continuations, states, Upsilon, references, update, of this process's share of the queries. Returns the groups of all processes and the step's metrics."
     c, seed, clock, count, queries = recipe.config, (recipe.config.seed, step), recipe.clock(), len(queries), share(queries)
+    recipe, generated = counted(recipe)
     with whole(policy) as acting, for_sampling(acting, c.token_budget) as old:                                                          # pi_old
         with clock("rollout"):      groups = sample_groups(old, queries, c.num_generations, recipe.how, seed, engine=recipe.engine)     # y_i ~ pi_old(.|q)
         with clock("reward"):       groups = judge(groups, recipe)                                                                      # r_i, A_i (Eq. 6)
@@ -550,9 +551,21 @@ def train_step(policy: Policy, reference: Callable, queries: Sequence, recipe: R
         for k in range(c.num_iterations):
             rates = {"optim/learning_rate": optimiser.learning_rate, **update(policy, moving, count, recipe, optimiser, step, old.memory if k == 0 else NOTHING)}
     groups, live = of_all_processes(groups, live, moving)
-    return groups, {**step_metrics(groups, live, recipe), **rates, **clock.seconds}
+    return groups, {**step_metrics(groups, live, recipe), "tokens/generated": float(sum(gather(generated))), **rates, **clock.seconds}
 
 # %% ../nbs/30_train.ipynb #76912e26
+def counted(recipe: Recipe) -> tuple[Recipe, list[int]]:
+    "The recipe, and the tokens of each call to its engine from now on: all that are generated, also what no other metric counts (substitutes, the ends of y_n)."
+    generated = []
+
+    def engine(*args, **how):
+        samples = recipe.engine(*args, **how)
+        generated.append(sum(len(s.ids) for s in samples))
+        return samples
+
+    return replace(recipe, engine=engine, collider=replace(recipe.collider, engine=engine)), generated
+
+
 def split_by(test: Callable, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
     "(groups that fail the test, groups that pass it)."
     return [g for g in groups if not test(g)], [g for g in groups if test(g)]
@@ -612,17 +625,26 @@ def _causal_metrics(live: Sequence[Group]) -> dict[str, float]:
         "tokens/draws": float(sum(map(len, draws))), "tokens/continuations": float(sum(map(len, continuations)))}
 
 # %% ../nbs/30_train.ipynb #da6ed33e
-def evaluate(policy: Policy, queries: Sequence, recipe: Recipe, progress: str = "evaluate") -> dict[str, float]:
-    "Mean reward over held-out queries with its 95% interval: `eval/reward`, `eval/low`, `eval/high`, and count, length and truncated share."
+def answer(policy: Policy, queries: Sequence, recipe: Recipe, progress: str = "evaluate") -> list[Group]:
+    "One response to each query with its reward, of all processes. A collective call."
     with whole(policy) as acting:
         answered = rollout(acting, share(queries), 1, recipe.how, (recipe.config.seed, "evaluate"), progress if world().first else "", recipe.engine)
-    answered = gather(score_rewards(answered, replace(recipe, rewards=recipe.judges)))
+    return gather(score_rewards(answered, replace(recipe, rewards=recipe.judges)))
+
+
+def held_out_metrics(answered: Sequence[Group]) -> dict[str, float]:
+    "Mean reward over held-out queries with its 95% interval: `eval/reward`, `eval/low`, `eval/high`, and count, length and truncated share."
     reward_N = torch.cat([g.reward_G for g in answered])
     scored = reward_N[~reward_N.isnan()]
     low, high = interval(scored)
     length = [len(g.ids_G[0]) for g in answered]
     return {"eval/reward": float(scored.mean()) if len(scored) else math.nan, "eval/low": low, "eval/high": high, "eval/count": float(len(scored)),
             "eval/length": sum(length) / len(length), "eval/truncated": sum(float(g.truncated_G[0]) for g in answered) / len(answered)}
+
+
+def evaluate(policy: Policy, queries: Sequence, recipe: Recipe, progress: str = "evaluate") -> dict[str, float]:
+    "`held_out_metrics` of a policy. A collective call."
+    return held_out_metrics(answer(policy, queries, recipe, progress))
 
 # %% ../nbs/30_train.ipynb #0cf84b6c
 UNRECORDED = ("output_dir", "num_processes", "accelerate_config", "report_to", "project")  # may change when a run is continued
@@ -733,20 +755,22 @@ def completion_rows(policy: Policy, groups: Sequence[Group], recipe: Recipe, ste
     return rows
 
 
-def write_completions(directory: Path, rows: list[dict], step: int) -> None:
-    "A step's `completion_rows` as a file of their own, completions/step-000001.parquet and on in the run's directory; whole, or not at all."
+def write_completions(directory: Path, rows: list[dict], step: int, what: str = "completions") -> None:
+    "Rows of a step as a file of their own, `what`/step-000001.parquet and on in the run's directory; whole, or not at all."
     import pandas as pd
-    (directory / "completions").mkdir(exist_ok=True)
-    with atomic(directory / "completions" / f"step-{step:06d}.parquet") as file:
+    (directory / what).mkdir(exist_ok=True)
+    with atomic(directory / what / f"step-{step:06d}.parquet") as file:
         pd.DataFrame(rows).to_parquet(file)
 
 
-def read_completions(run_dir: str | Path):
-    "All completions of a run so far, finished or not, as a DataFrame. Raises ValueError if there are none."
+def read_completions(run_dir: str | Path, what: Literal["completions", "held_out"] = "completions"):
+    """All completions of a run so far, finished or not, as a DataFrame: of its steps, or of the held-out questions at each evaluation, to pair runs by question.
+
+    Raises ValueError if there are none."""
     import pandas as pd
-    whole, parts = Path(run_dir) / "completions.parquet", sorted(Path(run_dir).glob("completions/step-*.parquet"))
+    whole, parts = Path(run_dir) / f"{what}.parquet", sorted(Path(run_dir).glob(f"{what}/step-*.parquet"))
     if not whole.exists() and not parts:
-        raise ValueError(f"no completions in '{run_dir}': is it a run directory, and has its first step ended?")
+        raise ValueError(f"no {'held-out ' * (what == 'held_out')}completions in '{run_dir}': is it a run directory, and has its first {'evaluation' if what == 'held_out' else 'step'} ended?")
     return pd.read_parquet(whole) if whole.exists() else pd.concat(map(pd.read_parquet, parts), ignore_index=True)
 
 
@@ -758,6 +782,14 @@ def join_completions(directory: Path) -> None:
         for part in parts:
             writer.write_table(pq.read_table(part, schema=pq.read_schema(parts[0])))
     shutil.rmtree(directory / "completions")
+
+# %% ../nbs/30_train.ipynb #3ff23050
+def evaluate_run(run: "Run", policy: Policy, queries: Sequence, recipe: Recipe, step: int) -> dict[str, float]:
+    "`evaluate`, and what was answered written to the run's directory, for `read_completions(run_dir, 'held_out')`. A collective call."
+    answered = answer(policy, queries, recipe)
+    rows = [dict(step=step, query=g.query.id, completion=g.completions[0], reward=float(g.reward_G[0]), tokens=len(g.ids_G[0]), truncated=bool(g.truncated_G[0])) for g in answered]
+    by_first(lambda: write_completions(run.dir, rows, step, "held_out"))
+    return held_out_metrics(answered)
 
 # %% ../nbs/30_train.ipynb #af94eb02
 def write_failed(directory: Path, error: NonFiniteError) -> Path:
@@ -850,7 +882,7 @@ def train(config: Config) -> Path:
     try:
         for step in bar:
             torch.manual_seed(derive_seed(config.seed, "step", step))
-            held = evaluate(policy, held_out, recipe) if step % config.eval_steps == 0 else {}
+            held = evaluate_run(run, policy, held_out, recipe, step) if step % config.eval_steps == 0 else {}
             batch = [queries[i] for i in questions_of_step(len(queries), config.prompts_per_step, step, config.seed)]
             groups, metrics = train_step(policy, reference, batch, recipe, optimiser, step)
             by_first(lambda: write_completions(run.dir, completion_rows(policy, groups, recipe, step), step))
@@ -863,7 +895,7 @@ def train(config: Config) -> Path:
     except FloatingPointError as error:
         failed = error if isinstance(error, NonFiniteError) else NonFiniteError(str(error), step, [])
         raise NonFiniteError(failed.quantity, step, failed.groups, failed.where, write_failed(run.dir, failed)) from None
-    log.append(config.max_steps, **evaluate(policy, held_out, recipe))
+    log.append(config.max_steps, **evaluate_run(run, policy, held_out, recipe, config.max_steps))
     finish(run, policy, log)
     return run.dir
 
@@ -925,11 +957,12 @@ def train_by_search(config: Config) -> Path:
     if rounds:
         load_round(rounds[-1], policy, value, optimiser)
         last = {name: v for name, v in read_metrics(run.dir / "search")[len(rounds) - 1].items() if name != "step"}
-    log.append(len(rounds), **last, **evaluate(policy, held_out, recipe))
+    log.append(len(rounds), **last, **evaluate_run(run, policy, held_out, recipe, len(rounds)))
     engine = partial(recipe.engine, states=True) if config.engine == "tree" else recipe.engine
     try:
         for metrics in self_train(policy, value, queries[:config.search_questions], recipe.judges[0], training, optimiser, run.dir / "search", engine, "search"):
-            done, held = metrics.pop("round") + 1, evaluate(policy, held_out, recipe)
+            done = metrics.pop("round") + 1
+            held = evaluate_run(run, policy, held_out, recipe, done)
             log.append(done, **metrics, **held)
             tqdm.write(f"round {done}  solved {metrics['search/solved']:.0%}  held out {held['eval/reward']:.1%} [{held['eval/low']:.1%}, {held['eval/high']:.1%}]")
     except FloatingPointError as error:
