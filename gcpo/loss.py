@@ -201,5 +201,5 @@ def gcpo_loss(logp_G_T, old_logp_G_T, B_G, mask_G_T, logp_x_G_T=None, causal_ref
     loss, metrics = grpo_loss(logp_G_T, old_logp_G_T, B_G, mask_G_T, epsilon, beta, ref_logp_G_T, epsilon_high, normalise=normalise, **variants)
     if missing: return loss, metrics
     causal, causal_metrics = _causal_term("gcpo_loss", logp_x_G_T, causal_ref_logp_G_T, mask_G_T, causal_mask_G_T, causal_clamp, normalise)
-    # GRPO: return loss                                      GCPO change 2/2: the causal penalty is added (Eq. 13).
+    # GRPO: return loss                                      GCPO change 2/2: the causal penalty is added (Eq. 12).
     return (loss + kappa * causal if kappa > 0 else loss), metrics | causal_metrics

@@ -125,8 +125,8 @@ class MethodParameters(DataParameters):
     template: Literal["short", "long"] = Field("short", description="words around the candidates")
     encoding: Literal["alone", "in_context"] = Field("alone", description="how answers become states")
     centre: bool = Field(False, description="subtract the mean state of the step's other prompts before comparing (ours; only cosine needs it)")
-    kappa: float = Field(0.06, ge=0, description="weight of the causal KL term (Eq. 13)")
-    reference: Literal["ratio", "mean", "sum"] = Field("ratio", description="reading of Eq. 12; sum is as printed")
+    kappa: float = Field(0.06, ge=0, description="weight of the causal KL term (Eq. 12)")
+    reference: Literal["ratio", "mean", "sum"] = Field("ratio", description="reading of Eq. 13; sum is as printed")
     autoregressive: bool = Field(False, description="weigh Phi's draws by the tokens before (mean and ratio)")
     nonpositive: Literal["floor", "mask"] = Field("floor", description="what to do with tokens whose projected probability is not positive")
     floor: float = Field(1e-6, gt=0, lt=1, description="the floor of projected probabilities")
@@ -544,7 +544,7 @@ def train_step(policy: Policy, reference: Callable, queries: Sequence, recipe: R
         if recipe.needs_influence:
             with clock("influence"): live = influenced(old, live, recipe, seed)                                                         # log p(y_i|y_n, ..) / p(y_i|..)
         if c.objective == "gcpo":   live = weigh(live, recipe, seed)                                                                    # Upsilon_i, B_i (Eq. 11)
-        with clock("remember"):     moving = remember(old, live + (dull if c.beta > 0 else []), recipe, step)                           # log pi_old, pi'_ref (Eq. 12)
+        with clock("remember"):     moving = remember(old, live + (dull if c.beta > 0 else []), recipe, step)                           # log pi_old, pi'_ref (Eq. 13)
     with clock("reference"):        moving = refer(reference, moving, recipe)                                                           # log pi_ref
     check_references(moving, step)
     with clock("update"):
