@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 TOURS = $(filter-out nbs/tours/tiny_warm_start.ipynb,$(wildcard nbs/tours/*.ipynb))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo test slow bench docs notebooks readme record tiny
+.PHONY: help install demo test slow bench docs notebooks readme record tiny families
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,9 @@ record: install ## make anew, with SmolLM2, what the tours read from data/ (half
 
 tiny: install ## rebuild the checkpoint in data/tiny (20 minutes)
 	cd nbs/tours && ../../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace tiny_warm_start.ipynb
+
+families: install ## rebuild the checkpoint of the study's four families of tasks in data/study/tiny (an hour on one core)
+	cd nbs/tours && ../../$(BIN)/papermill tiny_warm_start.ipynb /dev/null -y 'tasks: [largest_of_some, lowest_and_highest, second_largest, in_order]' -p output_dir ../../data/study/tiny
 
 docs: install ## all notebooks, and a page for every function, as a site in _docs that needs no network; two minutes
 	$(BIN)/python tests/docs.py _docs
