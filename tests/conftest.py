@@ -27,9 +27,13 @@ def small(tmp_path):
     return {**SMALL, "output_dir": str(tmp_path / "run")}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items):
-    "Of several test processes one runs a file, for its fixtures' sake; notebooks go to whichever is free."
-    for item in items:
-        if item.path.stem != "test_notebooks":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Of several test processes one runs a file, for its fixtures' sake; notebooks go to whichever is free. (Marks of groups, as of `--dist loadgroup`, do nothing under pytest 9.2.)"
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if nodeid.startswith("tests/test_notebooks") else nodeid.split("::")[0]
+
+    return Files(config, log)
