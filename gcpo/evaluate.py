@@ -176,7 +176,7 @@ def matrix(records, value: str = "score") -> np.ndarray:
 def score_row(records, found=None) -> dict:
     """One benchmark's records -> one row of a report. `found`: its rows of `overlap`, None if nobody looked.
 
-    Shares between 0 and 1. `low`, `high`: other problems like these; `these_low`, `these_high`: these problems, other samples. `ungraded` samples count as wrong everywhere but in `score_graded`; pass@k and the vote take a full score for right. An answer that was graded both right and wrong (one grading timed out) votes as two."""
+    Shares between 0 and 1. `low`, `high`: other problems like these; `these_low`, `these_high`: these problems, other samples. `ungraded` samples count as wrong everywhere but in `score_graded`; pass@k and the vote take a full score for right. `right_truncated`: right although cut off, in mathematics by the last number before the cut. An answer that was graded both right and wrong (one grading timed out) votes as two."""
     import pandas as pd
     graded_P_K = matrix(records)
     score_P_K = np.nan_to_num(graded_P_K)
@@ -187,7 +187,7 @@ def score_row(records, found=None) -> dict:
     if k > 1 and records.answer.notna().any():
         voted = records.assign(answer=[None if pd.isna(a) else (a, s) for a, s in zip(records.answer, records.score >= 1)])
         row[f"maj@{k}"] = float(np.mean(maj_at_k(matrix(voted, "answer"), score_P_K >= 1, k)))
-    row |= dict(truncated=float(records.truncated.mean()), length=float(records.length.mean()), no_answer=float((records.reason == "no answer").mean()), timed_out=int((records.reason == "timed out").sum()),
+    row |= dict(truncated=float(records.truncated.mean()), right_truncated=float((records.truncated & (records.score > 0)).mean()), length=float(records.length.mean()), no_answer=float((records.reason == "no answer").mean()), timed_out=int((records.reason == "timed out").sum()),
                 ungraded=int(np.isnan(graded_P_K).sum()), score_graded=float(np.nanmean(graded_P_K)) if not np.isnan(graded_P_K).all() else math.nan)
     if found is not None:
         clean = records[~records.problem_id.isin(found.test_id)]
@@ -288,6 +288,7 @@ def _line(name: str, row) -> str:
     told += "".join(f", {c} {row[c]:.1%}" for c in row.index if ("pass@" in c or "maj@" in c) and row[c] == row[c])
     told += f"; {row.no_answer:.0%} without an answer" if row.no_answer else ""
     told += f"; {row.truncated:.0%} cut off at the length limit" if row.truncated else ""
+    told += f" ({row.right_truncated:.1%} right although cut off, by what they ended on: raise max_completion_length)" if row.right_truncated else ""
     told += f"; {row.ungraded:.0f} samples not gradable, counted as wrong" if row.ungraded else ""
     return told + (f"; TRAINED ON {row.trained_on:.0f} of these problems{f': {row.score_without:.1%} without them' if row.score_without == row.score_without else ''}" if row.get("trained_on", 0) > 0 else "")
 
