@@ -401,7 +401,8 @@ def slurm(monkeypatch):
                 process.wait(30)
 
 
-@pytest.mark.parametrize("steps, judged", [(10, False), pytest.param(20, True, marks=pytest.mark.slow)], ids=["trained", "judged"])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps, judged", [(10, False), (20, True)], ids=["trained", "judged"])
 def test_slurm_array_with_one_task_cancelled(steps, judged, tmp_path, slurm):
     asked = dict(evaluate=dict(benchmarks=["largest_of_three"], max_problems=4, max_completion_length=6, device="cpu", seed=0)) if judged else {}
     file = write(tmp_path / "t.yaml", notebook="train", parameters={**SMALL, "max_steps": steps}, seeds=[0, 1, 2, 3], **asked, slurm=dict(time=20, cpus_per_task=1))
