@@ -39,14 +39,14 @@ def test_search_is_a_run_that_continues_where_it_was_stopped(tmp_path, monkeypat
     whole = train(Config.checked({**SEARCH, "output_dir": str(tmp_path / "whole")}))
     rows = untimed(whole)
     assert len(rows) > 2 and sum(row.get("tokens/generated", 0) for row in rows) <= 12 * 3 * 4 * 8 and (whole / "policy").is_dir()
-    calls, evaluate = [], gcpo.train.evaluate
+    calls, evaluate = [], gcpo.train.evaluate_run
 
     def stop(*args):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return evaluate(*args)
-    monkeypatch.setattr(gcpo.train, "evaluate", stop)
+    monkeypatch.setattr(gcpo.train, "evaluate_run", stop)
     broken = Config.checked({**SEARCH, "output_dir": str(tmp_path / "broken")})
     with pytest.raises(KeyboardInterrupt):
         train(broken)

@@ -131,7 +131,7 @@ def assert_same_run(ours, single, weight_gap=1e-5):
     assert sorted(p.name for p in Path(ours).rglob("*")) == sorted(p.name for p in Path(single).rglob("*"))
 
 
-VARIANTS = {"full": dict(), "lora": dict(lora_r=4), "unequal": dict(beta=0.0, groups_per_microbatch=1, context_gradient=False, max_steps=3, seed=6, learning_rate=1e-3)}
+VARIANTS = {"full": dict(), "lora": dict(lora_r=4, learning_rate=1e-3), "unequal": dict(beta=0.0, groups_per_microbatch=1, context_gradient=False, max_steps=3, seed=6, learning_rate=1e-3)}
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +149,12 @@ def runs(tmp_path_factory):
                 raise KeyboardInterrupt
             return learn(*args)
         patch.setattr(module, "train_step", stop)
-        for name, changes in (("begun-full", {}), ("begun-lora", dict(lora_r=4))):
+        for name, changes in (("begun-full", {}), ("begun-lora", VARIANTS["lora"])):
             with pytest.raises(KeyboardInterrupt):
                 alone(directory, name, **changes)
     cases = [case(directory, f"{name}-{how}", how, **changes) for name, changes in VARIANTS.items() for how in ("ddp", "fsdp2")]
-    cases += [case(directory, "stopped-full", "fsdp2", until=2), case(directory, "stopped-lora", "ddp", until=2, lora_r=4)]
-    cases += [case(directory, "begun-full", "fsdp2"), case(directory, "begun-lora", "ddp", lora_r=4)]
+    cases += [case(directory, "stopped-full", "fsdp2", until=2), case(directory, "stopped-lora", "ddp", until=2, **VARIANTS["lora"])]
+    cases += [case(directory, "begun-full", "fsdp2"), case(directory, "begun-lora", "ddp", **VARIANTS["lora"])]
     return directory, two(directory, cases)
 
 
