@@ -160,7 +160,8 @@ _STAGE = dict(
     reward_G="gcpo.reward.checked_rewards", draws_G_J="gcpo.collider.integrate", y_n="gcpo.collider.integrate", influence_G="gcpo.collider.dependence", paths_G="gcpo.collider.show", shown_G="gcpo.collider.show", continuations_G_J_M="gcpo.collider.continue_contexts",
     z_G_D="gcpo.collider.encode", Z_G_J_M_D="gcpo.collider.encode", adv_G="gcpo.advantage.group_advantage",
     upsilon_G="gcpo.upsilon.upsilon", weight_G="gcpo.advantage.product", old_logp_G_T="gcpo.train.remember",
-    causal_ref_logp_G_T="gcpo.train.remember", ref_logp_G_T="gcpo.train.remember",
+    causal_ref_logp_G_T="gcpo.train.remember", ref_logp_G_T="gcpo.train.refer", causal_mask_G_T="gcpo.train.remember", floored_G_T="gcpo.train.remember",
+    context_logp_G_J_T="gcpo.collider.contexts_logp", shortened_G="gcpo.collider.show", reward_G_F="gcpo.reward.checked_rewards", sampling_logp_G_T="gcpo.sample.sample_groups",
 )
 
 
@@ -208,7 +209,7 @@ class Group:
         "The group itself. Raises ValueError when one of the fields is empty, naming the stage that fills it."
         for name in names:
             if len(getattr(self, name)) == 0:
-                raise ValueError(f"group '{self.query.id}' has no {name}; {_STAGE.get(name, 'an earlier stage')} computes it")
+                raise ValueError(f"group '{self.query.id}' has no {name}; {_STAGE[name]} computes it")
         return self
 
     def _repr_markdown_(self) -> str:

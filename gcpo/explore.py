@@ -11,6 +11,7 @@ __all__ = ['at_width', 'picture_html', 'has_frontend', 'stand_in', 'Application'
 # %% ../nbs/40_explore.ipynb #2db18636
 import hashlib
 import html
+import inspect
 import json
 import os
 import threading
@@ -36,7 +37,7 @@ from .runs import compare_figure, compare_table, completion_steps, completions_h
 from .sample import Sampling
 from .train import SIMILARITIES, WEIGHTINGS
 from .views import (DARK, LIGHT, PREDICTORS, QUANTITIES, RULES, THEMES, TOKEN_COLUMNS, Theme, bar_traces, cards_html, frames, gaps, group_figure, known, matrix_html, matrix_traces,
-                        numbers_html, scm_figure, scm_points, scm_says, scm_table, scm_title, scm_traces, style, token_figure, token_table, tokens_html, weights_table)
+                        numbers_html, scm_figure, scm_points, scm_says, scm_table, scm_title, scm_traces, style, token_figure, token_table, token_numbers_html, tokens_html, weights_table)
 
 # %% ../nbs/40_explore.ipynb #23479799
 def _widget_style(theme: Theme) -> str:
@@ -178,6 +179,15 @@ def _recorded(group: Group | Record | str | Path) -> Record:
     return as_record(load_group(group) if isinstance(group, (str, Path)) else group)
 
 
+def _checked(function: Callable, given: dict, *others: str) -> dict:
+    "The defaults of a function's arguments (but `others`) with what is given. Raises ValueError for an unknown name, and for what is no number where the default is one."
+    defaults = {name: p.default for name, p in inspect.signature(function).parameters.items() if name not in others}
+    for name, value in given.items():
+        if isinstance(choose(name, defaults, "setting"), float) and not isinstance(value, (int, float)):
+            raise ValueError(f"{name}={value!r} is no number; it is {defaults[name]} if it is left out")
+    return defaults | given
+
+
 def _opened(make: Callable[[], Application], theme: str) -> Application:
     "An application, or in its place one that says why there is none."
     try:
@@ -262,9 +272,9 @@ class _GroupControls(Application):
 
     def __init__(self, record: Record, selected: int | None = None, theme: str = "light", **choices):
         super().__init__(theme)
-        self.record, settings = record, dict(alpha=2.0, similarity="gaussian", draws=None, rule="projected", weighting="product") | choices
+        self.record, settings = record, _checked(weights_table, choices, "group")
         weights_table(self.record, **settings)
-        self.name = f"group-{self.record.group.query.id}"
+        self.name, self.scale = f"group-{self.record.group.query.id}", settings["scale"]
         J = self.record.group.Z_G_J_M_D.shape[1] if self.record.group.Z_G_J_M_D.ndim == 4 else 2
         self.alpha = slider("alpha", "α", settings["alpha"], 0, 4)
         self.similarity = choice("similarity", "similarity", list(SIMILARITIES), settings["similarity"])
@@ -277,7 +287,7 @@ class _GroupControls(Application):
 
     def settings(self) -> dict:
         "The controls as arguments of `weights_table`."
-        return dict(alpha=self.alpha.value, similarity=self.similarity.value, draws=self.draws.value if self.rule.value == "projected" else None, rule=self.rule.value, weighting=self.weighting.value)
+        return dict(alpha=self.alpha.value, similarity=self.similarity.value, draws=self.draws.value if self.rule.value == "projected" else None, rule=self.rule.value, weighting=self.weighting.value, scale=self.scale)
 
     def table(self) -> pd.DataFrame:
         "The numbers that are shown."
@@ -292,9 +302,10 @@ class _GroupViews(_GroupControls):
             for trace, new in zip(self.figure.data, bar_traces(table, selected, t)):
                 trace.update(new)
             if (self.similarity.value, selected) != self.drawn:
-                for trace, new in zip(self.figure.data[5:], matrix_traces(self.record, self.similarity.value)):
+                matrices = matrix_traces(self.record, self.similarity.value)
+                for trace, new in zip(self.figure.data[5:], matrices):
                     trace.update({k: v for k, v in new.items() if k != "missing"})
-                self.figure.layout.shapes = frames(len(self.record), selected, t)
+                self.figure.layout.shapes = frames(len(self.record), selected, t, matrices)
         self.drawn = (self.similarity.value, selected)
         self.numbers.value, self.cards.value = numbers_html(table, selected), cards_html(self.record, table, selected)
         self.say(gaps(table))
@@ -357,11 +368,11 @@ class TokenExplorer(Application):
         self.colour = choice("colour", "colour", [(label, c) for c, label in TOKEN_COLUMNS.items()], colour)
         self.side = choice("side", "policy given", [("x_i", "x"), ("q", "q")], "x")
         self.autoregressive = switch("autoregressive", "Φ weighed by the tokens before", False)
-        self.tokens = widgets.HTML()
+        self.tokens, self.numbers = widgets.HTML(), widgets.HTML()
         for control in (self.response, self.colour, self.side, self.autoregressive):
             control.observe(self.safely(self.redraw), "value")
         self.figure = live(token_figure(self.record, i, theme))
-        self.place(row(self.response, self.colour, self.side, self.autoregressive, *self.savers()), self.tokens, framed(self.figure))
+        self.place(row(self.response, self.colour, self.side, self.autoregressive, *self.savers()), self.tokens, framed(self.figure), self.numbers)
         self.redraw()
 
     def settings(self) -> dict:
@@ -371,11 +382,12 @@ class TokenExplorer(Application):
         return token_table(self.record, **self.settings())
 
     def redraw(self) -> None:
-        self.tokens.value = tokens_html(self.table(), self.colour.value)
+        table = self.table()
+        self.tokens.value, self.numbers.value = tokens_html(table, self.colour.value), token_numbers_html(table)
         transfer(token_figure(self.record, theme=self.theme.name, **self.settings()), self.figure)
 
     def body(self) -> str:
-        return self.tokens.value
+        return self.tokens.value + self.numbers.value
 
 # %% ../nbs/40_explore.ipynb #1526547d
 def explore_tokens(group: Group | Record | str, i: int = 0, colour: str = "kl_ratio", theme: str = "light") -> Application:
@@ -434,7 +446,7 @@ class ScmExplorer(_ScmControls):
 # %% ../nbs/40_explore.ipynb #e0568f38
 def explore_scm(theme: str = "light", **settings) -> Application:
     "The collider as an exact linear-Gaussian world; `settings` as in `scm_figure`. What is wrong is said in the application."
-    return _opened(lambda: ScmExplorer(theme=theme, **settings), theme)
+    return _opened(lambda: ScmExplorer(theme=theme, **_checked(scm_figure, settings, "theme")), theme)
 
 # %% ../nbs/40_explore.ipynb #64366669
 class _RunControls(Application):
@@ -443,10 +455,12 @@ class _RunControls(Application):
 
     def __init__(self, run_dir: str | Path, theme: str = "light"):
         super().__init__(theme)
+        if not isinstance(run_dir, (str, Path)):
+            raise ValueError(f"a run directory is a path, not {run_dir!r}")
         self.run_dir = Path(run_dir)
         self.name = f"run-{self.run_dir.name}"
         self.step = choice("step", "step", [("last", None)], None)
-        self.search = _named(widgets.Text(description="search", placeholder="text of prompt, completion or y_n", continuous_update=False), "search")
+        self.search = _named(widgets.Text(description="text of prompt, completion or y_n", continuous_update=False, style={"description_width": "initial"}, layout={"width": "420px"}), "search")
         self.sort, self.ascending = choice("sort", "sort by", ["weight"], "weight"), switch("ascending", "ascending", False)
         self.follow, self.rows, self.curves = switch("follow", f"follow (every {self.seconds:.0f} s)", False), widgets.HTML(), widgets.VBox()
 
@@ -592,7 +606,7 @@ class _LiveControls(Application):
         super().__init__(theme)
         self.policy, self.substitutes, self.record, self.shown, self.thread, self.stopped = policy, substitutes, None, None, None, threading.Event()
         self.question = _named(widgets.Textarea(value=question, description="question", layout={"width": "95%"}, rows=3), "question")
-        self.answer = _named(widgets.Text(value=answer, description="answer", placeholder="right answer, for the reward"), "answer")
+        self.answer = _named(widgets.Text(value=answer, description="right answer, for the reward", style={"description_width": "initial"}, layout={"width": "340px"}), "answer")
         self.reward = choice("reward", "reward", [n for n in REWARDS if n not in ("random_reward", "length_reward", "compression_reward")], "integer_match")
         count = lambda name, label, value, low, high: _named(widgets.BoundedIntText(value=value, min=low, max=high, description=label, layout={"width": "150px"}), name)
         self.n, self.J, self.m = count("n", "responses", 4, 2, 64), count("draws", "draws J", 3, 2, 64), count("continuations", "m", 1, 1, 64)

@@ -189,7 +189,7 @@ def run_names(run_dirs: Sequence[str | Path]) -> list[str]:
 # %% ../nbs/37_runs.ipynb #f41d2683
 def compare_table(run_dirs: Sequence[str | Path]) -> pd.DataFrame:
     "Held-out reward of several runs: one row a run and evaluated step, with `reward`, `low`, `high`, `count`. Raises ValueError for no run, and a run without evaluations."
-    if isinstance(run_dirs, (str, Path)) or not len(run_dirs):
+    if isinstance(run_dirs, str) or not isinstance(run_dirs, Sequence) or not run_dirs:
         raise ValueError(f"compare_runs takes a list of run directories, not {run_dirs!r}")
     parts = []
     for name, run_dir in zip(run_names(run_dirs), run_dirs):

@@ -6,8 +6,8 @@
 __all__ = ['LIGHT', 'DARK', 'THEMES', 'RULES', 'QUANTITIES', 'READINGS', 'TOKEN_COLUMNS', 'PREDICTORS', 'Theme', 'luminance',
            'contrast', 'mix', 'ink', 'shade', 'paint', 'weights_table', 'gaps', 'dependence_table', 'names_of',
            'bar_traces', 'matrix_traces', 'frames', 'group_figure', 'answer_span', 'marked', 'style', 'cards_html',
-           'numbers_html', 'matrix_html', 'token_table', 'tokens_html', 'token_figure', 'scm_world', 'scm_table',
-           'scm_points', 'known', 'scm_says', 'scm_traces', 'scm_title', 'scm_figure']
+           'numbers_html', 'matrix_html', 'token_table', 'tokens_html', 'token_numbers_html', 'token_figure',
+           'scm_world', 'scm_table', 'scm_points', 'known', 'scm_says', 'scm_traces', 'scm_title', 'scm_figure']
 
 # %% ../nbs/36_views.ipynb #39cbbe70
 import html
@@ -103,8 +103,8 @@ def _upsilons(record: Record, alpha: float, similarity: str, draws: int | None, 
         out_G[keep_G] = by_influence(g.influence_G[keep_G], alpha)
         return out_G
     z_G_D = g.z_G_D[keep_G] if len(g.z_G_D) else torch.zeros(len(g), 1)
-    if rule == "projected" and draws is not None and not 2 <= draws <= g.Z_G_J_M_D.shape[1]:
-        raise ValueError(f"draws={draws}: the record holds {g.Z_G_J_M_D.shape[1]} collider draws, and a projection needs 2 or more")
+    if rule == "projected" and draws is not None and draws not in range(2, g.Z_G_J_M_D.shape[1] + 1):
+        raise ValueError(f"draws={draws!r}: the record holds {g.Z_G_J_M_D.shape[1]} collider draws, and a projection needs 2 or more")
     Z_G_J_M_D = g.Z_G_J_M_D[keep_G][:, :draws] if rule == "projected" else torch.empty(0)
     if keep_G.any():
         out_G[keep_G] = RULES[rule](z_G_D, Z_G_J_M_D, alpha, choose(similarity, SIMILARITIES, "similarity"), record.own_draw).float()
@@ -189,7 +189,10 @@ def bar_traces(table: pd.DataFrame, selected: int | None = None, theme: Theme = 
     bars = [dict(x=names, y=[v if math.isfinite(v) else None for v in table[c]], text=[_number(v) for v in table[c]], marker=dict(color=colours)) for c in ("A", "upsilon", "B")]
     ranks = [(None, None) if math.isnan(after) else (before, after) for before, after in zip(table.rank_A, table.rank_B)]
     lines = dict(x=["by A", "by B", None] * len(ranks), y=[v for before, after in ranks for v in (before, after, None)])
-    return [*bars, lines, dict(x=["by B"] * len(ranks), y=[after for _, after in ranks], text=names, marker=dict(color=colours))]
+    together = {after: [i for i, (_, other) in enumerate(ranks) if other == after] for _, after in ranks}
+    first = lambda i, tied: ", ".join(names[k] for k in ([selected] if selected in tied else []) + [k for k in tied if k != selected][:2 if selected in tied else 3])
+    ends = [first(i, tied) + (" …" if len(tied) > 3 else "") if i == tied[0] else "" for i, (_, after) in enumerate(ranks) for tied in [together.get(after, [i])]]
+    return [*bars, lines, dict(x=["by B"] * len(ranks), y=[after for _, after in ranks], text=ends, hovertext=names, marker=dict(color=colours))]
 
 
 
@@ -222,13 +225,13 @@ def _scale(theme: Theme) -> list:
     return [[0, mix(theme.paper, theme.low, .75)], [.5, theme.paper], [1, mix(theme.paper, theme.high, .75)]]
 
 
-def frames(count: int, selected: int | None, theme: Theme = LIGHT) -> list[dict]:
-    "Shapes that mark the selected response's row and column in each of the four matrices of `group_figure`."
+def frames(count: int, selected: int | None, theme: Theme = LIGHT, traces: Sequence[dict] = ({},) * 4) -> list[dict]:
+    "Shapes that mark the selected response's row and column in those of the four matrices of `group_figure` (`traces`: from `matrix_traces`) that are there."
     if selected is None:
         return []
     line = dict(color=theme.marks[1], width=2)
     spans = [((-.5, selected - .5), (count - .5, selected + .5)), ((selected - .5, -.5), (selected + .5, count - .5))]
-    return [dict(type="rect", xref=f"x{k}", yref=f"y{k}", x0=a[0], y0=a[1], x1=b[0], y1=b[1], line=line) for k in (5, 6, 7, 8) for a, b in spans]
+    return [dict(type="rect", xref=f"x{k}", yref=f"y{k}", x0=a[0], y0=a[1], x1=b[0], y1=b[1], line=line) for k, trace in enumerate(traces, 5) if "missing" not in trace for a, b in spans]
 
 # %% ../nbs/36_views.ipynb #ae47a8b5
 _TITLES = ("A, advantage", "Υ", "B, weight in the loss", "rank", "given q: independent", "given q, y_n (nats)", "similarity of z_i, z_j", "similarity given x_i, x_j")
@@ -246,17 +249,19 @@ def group_figure(group: Group | Record, selected: int | None = None, theme: str 
     for column, (bar, name) in enumerate(zip(bars, ("A", "Υ", "B")), 1):
         figure.add_bar(row=1, col=column, **bar, textposition="outside", cliponaxis=False, name=name, hovertemplate="%{x}: " + name + " = %{y:.4f}<extra></extra>")
     figure.add_scatter(row=1, col=4, **lines, mode="lines+markers", line_color=t.muted, hovertemplate="%{x}: rank %{y}<extra></extra>")
-    figure.add_scatter(row=1, col=4, **ends, mode="markers+text", textposition="middle right", marker_size=9, cliponaxis=False, hovertemplate="%{text}: rank %{y}<extra></extra>")
-    for column, trace in enumerate(matrix_traces(record, choices.get("similarity", "gaussian")), 1):
+    figure.add_scatter(row=1, col=4, **ends, mode="markers+text", textposition="middle right", marker_size=9, cliponaxis=False, hovertemplate="%{hovertext}: rank %{y}<extra></extra>")
+    matrices = matrix_traces(record, choices.get("similarity", "gaussian"))
+    for column, trace in enumerate(matrices, 1):
         if "missing" in trace:
-            figure.add_annotation(row=2, col=column, x=.5, y=.5, text="<br>".join(re.findall(r".{1,34}(?:\s|$)", trace["missing"])), showarrow=False)
+            figure.update_xaxes(visible=False, row=2, col=column).update_yaxes(visible=False, row=2, col=column)
+            figure.add_annotation(xref=f"x{column + 4} domain", yref=f"y{column + 4} domain", x=.5, y=.5, text="<br>".join(re.findall(r".{1,34}(?:\s|$)", trace["missing"])), showarrow=False)
         span = max(1e-9, np.nan_to_num(np.abs(trace.get("z", [[1.0]]))).max())
         figure.add_heatmap(row=2, col=column, **{k: v for k, v in trace.items() if k != "missing"}, x=names, y=names, zmin=-span, zmax=span, colorscale=_scale(t), showscale=False,
                            texttemplate="%{text}", textfont_size=10 if len(record) <= 6 else 8, xgap=1, ygap=1, hovertemplate="%{y}, %{x}: %{z:.4f} ± %{customdata:.4f}<extra></extra>")
     figure.update_yaxes(autorange="reversed", row=2).update_yaxes(range=[len(record) + .6, .4], dtick=1 if len(record) <= 8 else 2, row=1, col=4).update_xaxes(range=[-.15, 1.35], row=1, col=4)
     if len(record) <= 8:
         figure.update_xaxes(tickangle=0, tickfont_size=12 if len(record) <= 6 else 9)
-    return _layout(figure, t, width=1150, height=640, showlegend=False, margin=dict(l=40, r=20, t=40, b=40), shapes=frames(len(record), selected, t))
+    return _layout(figure, t, width=1150, height=640, showlegend=False, margin=dict(l=40, r=20, t=40, b=40), shapes=frames(len(record), selected, t, matrices))
 
 # %% ../nbs/36_views.ipynb #926df209
 _ANSWER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?")
@@ -349,8 +354,8 @@ def token_table(group: Group | Record, i: int, floor: float = 1e-6, clamp: float
     Raises ValueError for a response that is not there, a missing tensor (naming its stage), and as the readings do."""
     record = as_record(group)
     g = record.need("old_logp_G_T", "context_logp_G_J_T").group
-    if not 0 <= i < len(g):
-        raise ValueError(f"there is no response {i}; the group has y_0 to y_{len(g) - 1}")
+    if i not in range(len(g)):
+        raise ValueError(f"there is no response {i!r}; the group has y_0 to y_{len(g) - 1}")
     if policy_side not in ("x", "q"):
         raise ValueError(f"policy_side is {policy_side!r}; it is 'x' (the policy given x_i) or 'q' (given the query)")
     T = len(g.ids_G[i])
@@ -391,6 +396,16 @@ def tokens_html(table: pd.DataFrame, column: str = "kl_ratio", limit: int = 2000
     told = f"colour: {label}, from {_number(table[column].min())} to {_number(table[column].max())}; {floored} of {len(table)} tokens floored (⌊)"
     told += (f"; {lost} without finite log-probs" if lost else "") + (f"; the first {limit} are shown" if len(table) > limit else "")
     return f'<p class="gcpo-muted">{told}</p><div class="gcpo-tokens" role="group" aria-label="tokens">{"".join(spans)}</div>'
+
+
+def token_numbers_html(table: pd.DataFrame, limit: int = 500) -> str:
+    "The first `limit` rows of `token_table` as a folded HTML table, for those without a pointer or without colour; a floored token's reference and KL end in ⌊; without its style."
+    floored = {c: _floored(table, c) if c.partition("_")[2] in READINGS else pd.Series(False, table.index) for c in TOKEN_COLUMNS}
+    cells = lambda k, row: "".join(f'<td data-column="{c}">{_number(row[c], 3)}{"⌊" if floored[c][k] else ""}</td>' for c in TOKEN_COLUMNS)
+    rows = "".join(f'<tr><th>{k}</th><td class="gcpo-text">{_visible(row.token)}</td>{cells(k, row)}</tr>' for k, row in table.iloc[:limit].iterrows())
+    summary = "all numbers" + (f" of the first {limit} tokens" if len(table) > limit else "")
+    head = "".join(f"<th>{html.escape(label)}</th>" for label in ("", "token", *TOKEN_COLUMNS.values()))
+    return f'<details><summary>{summary}</summary><table class="gcpo-token-numbers" aria-label="tokens, all numbers"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></details>'
 
 # %% ../nbs/36_views.ipynb #22815d69
 def token_figure(group: Group | Record, i: int, theme: str = "light", limit: int = 400, **choices):
