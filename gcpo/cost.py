@@ -65,7 +65,7 @@ def outline_of(model_config, config: Config) -> Outline:
     mlp = max(m.weight.numel() // c.hidden_size for m in linear)
     return Outline(c.num_hidden_layers, c.hidden_size, heads, getattr(c, "num_key_value_heads", None) or heads, getattr(c, "head_dim", None) or c.hidden_size // heads, mlp,
                    c.vocab_size, c.max_position_embeddings, sum(m.weight.numel() for m in linear), sum(p.numel() for p in model.parameters()),
-                   config.lora_r * sum(sum(m.weight.shape) for m in linear), 2 if config.dtype == "bfloat16" else 4)
+                   config.lora_r * sum(sum(m.weight.shape) for m in linear), getattr(torch, config.dtype).itemsize)
 
 
 def _base(path: str) -> str:
@@ -187,7 +187,7 @@ def flops(p: Pass, s: Outline, config: Config) -> float:
 
 def activation_bytes(passes: Sequence[Pass], s: Outline, config: Config) -> int:
     "What passes with gradients keep for their backward."
-    size = 2 if config.bf16 or config.dtype == "bfloat16" else 4
+    size = 2 if config.bf16 else getattr(torch, config.dtype).itemsize
     inner = s.heads * s.head_dim
     tokens, rows = sum(p.read for p in passes), sum(p.rows for p in passes)
     per_key = 2 * s.head_dim * (s.heads if config.device.startswith("cuda") else s.kv_heads)

@@ -162,7 +162,7 @@ class RunParameters(SearchParameters):
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, L2")
     lora_r: int = Field(16, ge=0, description="rank of LoRA on all linear layers; 0 trains all weights")
     lora_alpha: int = Field(32, ge=1, description="LoRA scale")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights")
+    dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="dtype of the weights; float64 is for telling rounding from mistakes")
     bf16: bool = Field(False, description="compute in bfloat16 (autocast)")
     device: str = Field("", description="cpu, cuda, cuda:1; empty: cuda if there is one")
     num_processes: int = Field(1, ge=1, description="processes on this machine, each with a share of a step's groups; 1 under a launcher of your own")

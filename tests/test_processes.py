@@ -19,7 +19,7 @@ from gcpo.parallel import World, share
 from gcpo.train import Config, read_completions, train
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-SMALL = {**SMALL, "learning_rate": 2e-4}  # the default rate. AdamW makes steps of gradients that are nothing but rounding, so weights differ by a share of the rate, and that share by the kind of processor
+SMALL = {**SMALL, "dtype": "float64"}  # in float32 AdamW makes steps of gradients that are nothing but rounding: weights then differ by 1e-5 and more, by the kind of processor
 LIMIT = 240  # seconds: processes that wait for each other for ever are a failure
 ACCELERATE = ROOT / "nbs" / "params" / "accelerate"
 
@@ -114,7 +114,7 @@ def gap(a, b) -> float:
     return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
-def assert_same_run(ours, single, weight_gap=1e-5):
+def assert_same_run(ours, single):
     "The same metrics (times apart), losses within 1e-5, completions, and final weights."
     rows = [[{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(d)] for d in (ours, single)]
     assert [sorted(row) for row in rows[0]] == [sorted(row) for row in rows[1]]
@@ -125,13 +125,13 @@ def assert_same_run(ours, single, weight_gap=1e-5):
     numbers = ["advantage", "reward", "upsilon", "influence", "weight"]
     pd.testing.assert_frame_equal(mine.drop(columns=numbers), theirs.drop(columns=numbers))
     pd.testing.assert_frame_equal(mine[numbers], theirs[numbers], rtol=1e-4, atol=1e-5)
-    assert gap(ours, single) < weight_gap
+    assert gap(ours, single) < 1e-6
     told = [json.loads((Path(d) / "manifest.json").read_text()) for d in (ours, single)]
     assert told[0]["config"] == told[1]["config"] and told[0].keys() == told[1].keys() and not {"num_processes", "accelerate_config"} & {*told[0]["config"]}
     assert sorted(p.name for p in Path(ours).rglob("*")) == sorted(p.name for p in Path(single).rglob("*"))
 
 
-VARIANTS = {"full": dict(), "lora": dict(lora_r=4, learning_rate=1e-3), "unequal": dict(beta=0.0, groups_per_microbatch=1, context_gradient=False, max_steps=3, seed=6, learning_rate=1e-3)}
+VARIANTS = {"full": dict(), "lora": dict(lora_r=4), "unequal": dict(beta=0.0, groups_per_microbatch=1, context_gradient=False, max_steps=3, seed=6)}
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +166,7 @@ def test_two_processes_give_the_run_of_one(name, how, runs):
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_also_when_micro_batches_are_unequal(how, runs):
-    # AdamW turns the rounding of gradients near zero into steps; so does another micro-batch in one process
-    assert_same_run(runs[0] / f"unequal-{how}", runs[0] / "unequal", weight_gap=1e-4)
+    assert_same_run(runs[0] / f"unequal-{how}", runs[0] / "unequal")
 
 
 def test_some_steps_leave_one_process_without_signal(runs):
