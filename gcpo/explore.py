@@ -236,11 +236,21 @@ def row(*controls: widgets.Widget) -> widgets.Box:
     return made
 
 
+class _Whole(go.FigureWidget):
+    "A figure that tells the page of itself when it is complete, not first and its data after: what follows the first message can be lost, and the figure stays blank."
+    _complete = False
+
+    def open(self):
+        if self._complete:
+            super().open()
+
+
 def live(figure: go.Figure) -> go.FigureWidget:
     "A figure as a widget, as wide as its place on the page, without the button that uploads it."
-    made = go.FigureWidget(figure.update_layout(width=None, autosize=True))
+    made = _Whole(figure.update_layout(width=None, autosize=True))
     made._config = {**made._config, "showSendToCloud": False}
-
+    made._complete = True
+    made.open()
     drawn = set()
 
     def widen(change: dict) -> None:
