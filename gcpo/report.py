@@ -35,7 +35,7 @@ from .batch import STATES, holder, read_batch, status
 from .benchmark import GYM, SETS
 from .core import Parameters, choose, nearest, read_metrics, writable_dir, write_atomic
 from .data import TASKS
-from .evaluate import Evaluation, folder, matrix, problems_of, run_of
+from .evaluate import Evaluation, folder, matrix, problems_of, read_part, run_of
 from .statistics import avg_at_k, compare, holm, paired_bootstrap, published
 from .train import METHODS, Config, DataParameters, MethodParameters
 
@@ -83,12 +83,8 @@ def single_state(directory: Path, config: Mapping) -> str:
 def records_of_run(directory: Path, benchmark: str) -> pd.DataFrame:
     """An evaluation's records of one benchmark without the texts: problem_id, sample, score, length, seconds; empty if there are none. Raises ValueError
     for a damaged file."""
-    columns, parts = ["problem_id", "sample", "score", "length", "seconds"], []
-    for path in sorted((directory / "records" / folder(benchmark)).glob("*.parquet")):
-        try:
-            parts.append(pd.read_parquet(path, columns=columns))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"'{path}' is damaged ({str(error).splitlines()[0]}); delete it, and the same evaluation samples its problems again") from None
+    columns = ["problem_id", "sample", "score", "length", "seconds"]
+    parts = [read_part(path, columns=columns) for path in sorted((directory / "records" / folder(benchmark)).glob("*.parquet"))]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 # %% ../nbs/33_report.ipynb #fa062bda
