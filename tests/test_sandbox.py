@@ -468,7 +468,7 @@ def test_from_many_threads_beside_torch():
 @linux
 def test_interruption_leaves_nothing(world):
     job = dict(program=world.source("import time; time.sleep(60)"), timeout=60.0)
-    code = f"from gcpo.sandbox import run_many\nrun_many([{job!r}] * 6, workers=3)"
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # which a parent under nohup ignores for its children\nfrom gcpo.sandbox import run_many\nrun_many([{job!r}] * 6, workers=3)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     for end, told in ((signal.SIGINT, "KeyboardInterrupt"), (signal.SIGKILL, "")):
         if end == signal.SIGKILL:
