@@ -38,7 +38,7 @@ def evaluations_of(directory: Path, search: bool = False) -> list[dict]:
         until, since = done.between(0, step - 1), rows[done.between(before, step - 1)]
         out.append(dict(step=step, tokens=rows["tokens/generated"][until].sum(), seconds=seconds[until].sum(), right=np.packbits(answers.reward == 1).tobytes(),
                         questions=len(answers), asked=f"{derive_seed(*answers['query']):016x}", grad_norm=since["optim/grad_norm"].dropna().astype("float32").tolist(),
-                        **since[MEANS].astype("float32").mean()))
+                        **since[MEANS].mean()))
         before = step
     return out
 
@@ -57,6 +57,7 @@ def condense(*places: str | Path) -> pd.DataFrame:
         own |= dict(case=run.case, state=run.state, told=masked(run.told))
         out += [own | found for found in evaluations_of(run.directory, own.pop("objective") == "rest_mcts") or [{}]]
     table = pd.DataFrame(out)
+    table = table.astype({name: "float32" for name in ["seconds", *MEANS] if name in table})
     for data, asked in table.dropna(subset="step").groupby("data").asked:
         if asked.nunique() > 1:
             raise ValueError(f"runs on '{data}' were asked {asked.nunique()} different sets of held-out questions: condense sweeps of one eval_size and eval_data")
