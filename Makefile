@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 TOURS = $(filter-out nbs/tours/tiny_warm_start.ipynb,$(wildcard nbs/tours/*.ipynb))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo test slow bench docs notebooks readme record tiny families
+.PHONY: help install demo test slow bench docs notebooks readme record study tiny families
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,7 +47,13 @@ readme: install ## README.md from nbs/index.ipynb
 
 record: install ## make anew, with SmolLM2, what the tours read from data/ (half an hour); `make notebooks` then shows it
 	mkdir -p runs/record
-	for nb in $(TOURS); do $(BIN)/papermill $$nb runs/record/$$(basename $$nb) -p recompute True --cwd nbs/tours || exit 1; done
+	for nb in $(filter-out nbs/tours/study.ipynb,$(TOURS)); do $(BIN)/papermill $$nb runs/record/$$(basename $$nb) -p recompute True --cwd nbs/tours || exit 1; done
+
+study: install ## train the study's 500 runs, two at a time (call again to go on), into runs/study; condense them to data/study and run the tour on them
+	for sweep in methods grids; do $(BIN)/gcpo-batch run nbs/params/study/$$sweep.yaml --dir runs/study/$$sweep --executor local --workers 2 || test $$? -eq 1 || exit 1; done
+	$(BIN)/papermill nbs/tours/study.ipynb runs/study/study.ipynb -p recompute True --cwd nbs/tours --no-progress-bar --log-level ERROR
+	cd nbs/tours && ../../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace study.ipynb
+	$(BIN)/nbdev_clean
 
 tiny: install ## rebuild the checkpoint in data/tiny (20 minutes)
 	cd nbs/tours && ../../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace tiny_warm_start.ipynb

@@ -407,7 +407,7 @@ def smallest_seen(a_S_P_K: np.ndarray, b_S_P_K: np.ndarray, chance: float = 0.8)
         return math.nan
     critical = stats.t.ppf(.975, told.df)
     found = lambda shift: np.nan_to_num(stats.nct.sf(critical, told.df, shift) + stats.nct.cdf(-critical, told.df, shift), nan=1.0) - chance
-    smallest = told.se * optimize.brentq(found, 1e-6, 60)
+    smallest = told.se * optimize.brentq(found, 1e-6, 60) if found(60) > 0 else math.inf
     return smallest if smallest <= 1 else math.nan
 
 
