@@ -24,7 +24,7 @@ setup(
     package_data={"gcpo.nbs": ["5*.ipynb", "params/*.yaml", "params/*/*"], "gcpo.recorded": ["tiny/*", "groups/*", "figure_1/*.json", "published_scores.csv"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "tasks", "slurm", "vllm", "trackers")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "tasks", "slurm", "vllm", "deepspeed", "trackers")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

@@ -42,8 +42,8 @@ from .core import Group, MetricsLog, Parameters, atomic, check_directory, choose
 from .data import Row, to_query
 from .kl import phi_autoregressive, phi_ess, phi_tokenwise, reading_metrics, reference_mean, reference_ratio, reference_sum, treat_floor, treat_mask
 from .loss import dr_grpo_loss, gcpo_loss, grpo_loss, gvpo_loss
-from .parallel import (ElsewhereError, ProcessesError, accelerate_launch, alike, by_first, distribute, gather, join, kept_reference, launched, learn_together, leave, load_state, load_weights_together, micro_batches,
-                           others_ended, share, strategy, sum_gradients, whole, whole_state, whole_tensor, world)
+from .parallel import (ElsewhereError, ProcessesError, accelerate_launch, alike, by_first, distribute, engine_step, gather, join, kept_reference, launched, learn_together, leave, load_state, load_weights_together, micro_batches,
+                           others_ended, share, strategy, sum_gradients, whole, whole_state, whole_tensor, world, zero3_engine)
 from .policy import Policy, for_sampling, load_policy, save_policy, save_weights
 from .reward import as_completion, by_name, load_reward, name_of, random_reward, reward_table
 from .sample import Sampling, rollout, sample_groups
@@ -475,11 +475,11 @@ def update(policy: Policy, groups: Sequence[Group], count: int, recipe: Recipe, 
 
     for micro in micro_batches(policy, groups, c.groups_per_microbatch):
         with optimiser.accelerator.autocast():
-            total, found = learn_together(policy, partial(losses, micro), reads=1 + at_x, unlearnt=int(at_x and not c.context_gradient))
+            total, found = learn_together(policy, partial(losses, micro), reads=1 + at_x, unlearnt=int(at_x and not c.context_gradient), engine=optimiser.engine)
         for g, (loss, metrics) in zip(micro, found):
             require_finite("loss", loss, step, groups, g)
             told.append({name: float(value) for name, value in {**metrics, "loss/total": loss.detach()}.items()})
-        optimiser.accelerator.backward(total)
+        (optimiser.engine or optimiser.accelerator).backward(total)
     grad_norm = optimiser.step(lambda norm: require_finite("gradient", norm, step, groups))
     return {**means_by_name(gather(told)), "optim/grad_norm": grad_norm}
 
@@ -509,17 +509,22 @@ class Optimiser:
         self.adamw = torch.optim.AdamW(self.weights, lr=config.learning_rate, weight_decay=config.weight_decay)
         total = config.max_steps * config.num_iterations
         self.schedule = get_scheduler(config.lr_scheduler_type, self.adamw, num_warmup_steps=math.ceil(config.warmup_ratio * total), num_training_steps=total)
+        self.engine = zero3_engine(policy, self.adamw, config.max_grad_norm, config.bf16)
 
     def step(self, check: Callable[[Tensor], None]) -> float:
         "Add up the processes' gradients, clip, check the norm, step, clear. Returns the norm before clipping."
-        for w in self.weights:
-            w.grad = torch.zeros_like(w) if w.grad is None else w.grad
-        sum_gradients(self.weights)
-        norm = whole_tensor(torch.nn.utils.clip_grad_norm_(self.weights, self.max_norm))
-        check(norm)
-        self.adamw.step()
+        if self.engine:
+            norm = engine_step(self.engine)
+            check(norm)
+        else:
+            for w in self.weights:
+                w.grad = torch.zeros_like(w) if w.grad is None else w.grad
+            sum_gradients(self.weights)
+            norm = whole_tensor(torch.nn.utils.clip_grad_norm_(self.weights, self.max_norm))
+            check(norm)
+            self.adamw.step()
+            self.adamw.zero_grad()
         self.schedule.step()
-        self.adamw.zero_grad()
         return float(norm)
 
     @property
@@ -677,7 +682,7 @@ class Run:
 
     def save(self, policy: Policy, optimiser: Optimiser, step: int) -> None:
         "A checkpoint after `step` steps, of whole tensors; older ones beyond save_total_limit go. A collective call."
-        state = dict(optimiser=whole_state(optimiser.adamw), schedule=optimiser.schedule.state_dict(), step=step)
+        state = dict(optimiser=whole_state(optimiser.adamw, optimiser.weights), schedule=optimiser.schedule.state_dict(), step=step)
         with whole(policy) as saved:
             by_first(lambda: self._write(saved, state, step))
 
@@ -702,7 +707,7 @@ def restore(run: Run, policy: Policy, optimiser: Optimiser) -> int:
     if run.checkpoints:
         state = torch.load(run.checkpoints[-1] / "optimiser.pt", weights_only=True, map_location="cpu")
         load_weights_together(policy, run.checkpoints[-1] / "weights.safetensors")
-        load_state(optimiser.adamw, state["optimiser"])
+        load_state(optimiser.adamw, state["optimiser"], optimiser.weights)
         optimiser.schedule.load_state_dict(state["schedule"])
         step = state["step"]
     alike("the step of the newest checkpoint", step)
@@ -1011,7 +1016,7 @@ def launch(config: Config) -> Path:
             started = max([started, *map(int, re.findall(r"^(\d+) processes, ", told))])
             bar.update((min(len(read_metrics(metrics)), config.max_steps) if metrics.exists() else 0) - bar.n)
     if started != config.num_processes:
-        raise ProcessesError(f"num_processes={config.num_processes}, but {started} trained: does '{config.accelerate_config}' say distributed_type: MULTI_GPU or FSDP?")
+        raise ProcessesError(f"num_processes={config.num_processes}, but {started} trained: does '{config.accelerate_config}' say distributed_type: MULTI_GPU, FSDP or DEEPSPEED?")
     return Path(config.output_dir)
 
 
