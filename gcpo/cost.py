@@ -140,7 +140,7 @@ class _Flat:
 # %% ../nbs/31_cost.ipynb #edae651b
 class _Still:
     "An optimiser at rest."
-    learning_rate, accelerator = 0.0, property(lambda self: self)
+    learning_rate, engine, accelerator = 0.0, None, property(lambda self: self)
     autocast = staticmethod(nullcontext)
     backward = staticmethod(lambda loss: None)
     step = staticmethod(lambda check: 0.0)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUCKET_BYTES', 'MOMENTS', 'World', 'world', 'strategy', 'end_with_parent', 'launched', 'join', 'leave', 'share',
-           'gather', 'ElsewhereError', 'by_first', 'alike', 'sharded', 'whole_tensor', 'Part', 'held', 'buckets',
-           'sum_gradients', 'Root', 'ShardedPolicy', 'distribute', 'whole', 'kept_reference', 'micro_batches',
+           'gather', 'ElsewhereError', 'by_first', 'alike', 'sharded', 'whole_tensor', 'buckets', 'sum_gradients',
+           'Part', 'held', 'Root', 'ShardedPolicy', 'distribute', 'whole', 'kept_reference', 'micro_batches',
            'learn_together', 'whole_state', 'part_of', 'load_weights_together', 'load_state', 'zero3_engine',
            'engine_step', 'accelerate_launch', 'ProcessesError', 'failure', 'others_ended', 'main']
 
@@ -178,6 +178,30 @@ def whole_tensor(x: Any) -> Tensor:
     return x.full_tensor() if sharded(x) else x
 
 
+def buckets(weights: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    "Weights of one dtype in runs of at most `limit` bytes (one weight at least)."
+    run: list[Tensor] = []
+    for w in weights:
+        if run and (w.dtype != run[0].dtype or sum(x.nbytes for x in run) + w.nbytes > limit):
+            yield run
+            run = []
+        run.append(w)
+    if run:
+        yield run
+
+
+@torch.no_grad()
+def sum_gradients(weights: Sequence[Tensor]) -> None:
+    "Add up the gradients of all processes, in place. Every weight needs one. As many collective calls as there are buckets, none alone or where weights are sharded."
+    if world().size == 1 or sharded(weights[0]):
+        return
+    for bucket in buckets([w.grad for w in weights], BUCKET_BYTES):
+        flat = torch.cat([g.flatten() for g in bucket])
+        dist.all_reduce(flat)
+        for g, total in zip(bucket, flat.split([g.numel() for g in bucket])):
+            g.copy_(total.view_as(g))
+
+# %% ../nbs/29_parallel.ipynb #093fabd4
 @dataclass(frozen=True)
 class Part:
     "What ZeRO-3 keeps in each process of a tensor of some `shape`: an equal run of its numbers, `local` [P], the last ones filled up."
@@ -202,30 +226,6 @@ class Part:
 def held(weight: nn.Parameter) -> Any:
     "What this process holds of a weight: a DTensor (FSDP2), a `Part` (ZeRO-3), or all of it."
     return Part(weight.ds_tensor.detach(), weight.ds_shape) if hasattr(weight, "ds_tensor") else weight.detach()
-
-
-def buckets(weights: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:
-    "Weights of one dtype in runs of at most `limit` bytes (one weight at least)."
-    run: list[Tensor] = []
-    for w in weights:
-        if run and (w.dtype != run[0].dtype or sum(x.nbytes for x in run) + w.nbytes > limit):
-            yield run
-            run = []
-        run.append(w)
-    if run:
-        yield run
-
-
-@torch.no_grad()
-def sum_gradients(weights: Sequence[Tensor]) -> None:
-    "Add up the gradients of all processes, in place. Every weight needs one. As many collective calls as there are buckets, none alone or where weights are sharded."
-    if world().size == 1 or sharded(weights[0]):
-        return
-    for bucket in buckets([w.grad for w in weights], BUCKET_BYTES):
-        flat = torch.cat([g.flatten() for g in bucket])
-        dist.all_reduce(flat)
-        for g, total in zip(bucket, flat.split([g.numel() for g in bucket])):
-            g.copy_(total.view_as(g))
 
 # %% ../nbs/29_parallel.ipynb #b1f1f0cd
 class Root(nn.Module):
