@@ -45,11 +45,11 @@ notebooks: install ## run all notebooks and tours, export the package, rebuild t
 readme: install ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-input --output-dir . --output README --NbConvertApp.output_files_dir=nbs/images nbs/index.ipynb
 
-record: install ## make anew, with SmolLM2, what the tours read from data/ (half an hour); `make notebooks` then shows it
+record: install ## make anew, with SmolLM2, what the tours read from data/ (an hour); `make notebooks` then shows it
 	mkdir -p runs/record
 	for nb in $(filter-out nbs/tours/study.ipynb,$(TOURS)); do $(BIN)/papermill $$nb runs/record/$$(basename $$nb) -p recompute True --cwd nbs/tours || exit 1; done
 
-study: install ## train the study's 500 runs, two at a time (call again to go on), into runs/study; condense them to data/study and run the tour on them
+study: install ## train the study's 380 runs, two at a time (hours; call again to go on), into runs/study; condense them to data/study and run the tour on them
 	for sweep in methods grids; do $(BIN)/gcpo-batch run nbs/params/study/$$sweep.yaml --dir runs/study/$$sweep --executor local --workers 2 || test $$? -eq 1 || exit 1; done
 	$(BIN)/papermill nbs/tours/study.ipynb runs/study/study.ipynb -p recompute True --cwd nbs/tours --no-progress-bar --log-level ERROR
 	cd nbs/tours && ../../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace study.ipynb

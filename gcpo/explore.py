@@ -96,13 +96,13 @@ def stand_in(body: str, what: str, theme: Theme, address: str) -> tuple[str, str
 class _Library(widgets.Widget):
     "The text of plotly.js, which goes to the page once for all figures of a kernel."
     one = None
-    source = Unicode(get_plotlyjs()).tag(sync=True)
+    source = Unicode().tag(sync=True)
 
 
 _DRAW = """const library = (model) => window.gcpoPlotly ??= model.widget_manager.get_model(model.get("library").slice("IPY_MODEL_".length)).then(async (holder) => {
   await import(URL.createObjectURL(new Blob([holder.get("source")], {type: "text/javascript"})));
   return window.Plotly;
-});
+}).catch((error) => { delete window.gcpoPlotly; throw error; });
 async function render({model, el}) {
   const Plotly = await library(model), place = el.appendChild(document.createElement("div"));
   const draw = () => {
@@ -129,7 +129,7 @@ class Canvas(anywidget.AnyWidget):
 
     def __init__(self):
         if _Library.one is None or _Library.one.comm is None:
-            _Library.one = _Library()
+            _Library.one = _Library(source=get_plotlyjs())
         super().__init__(library=_Library.one)
 
 

@@ -84,7 +84,7 @@ def load_study(directory: str | Path | None = None) -> Study | None:
     place = Path(directory or data_dir() / "study")
     missing = [name for name in Study.__dataclass_fields__ if not (place / f"{name}.parquet").exists()]
     if missing:
-        return print(f"There are no results yet: {' and '.join(f'{name}.parquet' for name in missing)} not found in data/{place.name}. `make study` does the 500 trainings of nbs/params/study "
+        return print(f"There are no results yet: {' and '.join(f'{name}.parquet' for name in missing)} not found in data/{place.name}. `make study` does the trainings of nbs/params/study "
                      "(it may be interrupted) and condenses them; until then every table and figure is missing below.")
     return Study(*(pd.read_parquet(place / f"{name}.parquet") for name in Study.__dataclass_fields__))
 
