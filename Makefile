@@ -5,6 +5,7 @@ BIN := .venv/bin
 DEMO ?= runs/demo
 TOURS = $(filter-out nbs/tours/tiny_warm_start.ipynb,$(wildcard nbs/tours/*.ipynb))
 export HF_HUB_OFFLINE ?= 1
+notebooks record study: export PLOTLY_RENDERER ?= png # committed figures are pictures; this needs Chrome or Chromium
 
 .PHONY: help install demo test slow bench docs notebooks readme record study tiny families
 

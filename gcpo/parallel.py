@@ -273,7 +273,7 @@ def _layers(policy: Policy) -> list[nn.Module]:
     kinds = policy.causal_lm._no_split_modules or []
     return [m for m in policy.causal_lm.modules() if type(m).__name__ in kinds]
 
-
+# %% ../nbs/29_parallel.ipynb #8d54f1c9
 @contextmanager
 def whole(policy: Policy, weights: Mapping[str, Tensor] | None = None) -> Iterator[Policy]:
     "Yields an ordinary policy with all weights: itself, or a copy that is gone afterwards (`weights`: other ones than the present, by name). A collective call at the beginning."

@@ -208,7 +208,7 @@ def test_the_notebook_runs_on_a_sweep(swept, tmp_path):
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "differences to gcpo" in (tmp_path / "out" / "report.html").read_text() and (tmp_path / "out" / "tables" / "table1-rehearsal-scores.tex").exists()
     shown = (tmp_path / "out.ipynb").read_text()
-    assert "differences to gcpo" in shown and "image/png" in shown and len(shown) < 3e6
+    assert "differences to gcpo" in shown and "application/vnd.plotly" in shown and len(shown) < 3e6
 
 
 def test_its_parameters_cell_is_the_configuration():

@@ -85,7 +85,7 @@ def test_papermill_does_the_same_run(small, uninterrupted, tmp_path):
     assert json.dumps(without_times(small["output_dir"])) == json.dumps(without_times(uninterrupted))
     cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
     outputs = "".join(json.dumps(c.get("outputs", "")) for c in cells)
-    assert "held out, after" in outputs and "image/png" in outputs or "plotly" in outputs
+    assert "held out, after" in outputs and "application/vnd.plotly" in outputs
     assert (tmp_path / "out.ipynb").stat().st_size < 600_000
 
 
