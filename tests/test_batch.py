@@ -329,7 +329,7 @@ def test_two_workers_are_faster_than_one(tmp_path, toy):
         sweep = b.expand(write(tmp_path / "s.yaml", notebook="toy", parameters=dict(work=30_000_000), seeds=list(range(6))))
         seconds[workers] = _seconds(lambda: b.run_batch(sweep, tmp_path / str(workers), options=b.Options(workers=workers, threads=1)))
     print(f"\n{seconds[1]:.1f} s with one worker, {seconds[2]:.1f} s with two: {seconds[1] / seconds[2]:.2f}x")
-    assert seconds[1] / seconds[2] > 1.5
+    assert seconds[1] / seconds[2] > 1.7
 
 
 SLURM = """ClusterName=test
