@@ -3,6 +3,7 @@ import json
 import os
 import re
 import time
+from html import escape
 
 import pytest
 from conftest import ROOT
@@ -10,6 +11,7 @@ from conftest import ROOT
 import gcpo.batch as b
 import gcpo.cost
 import gcpo.policy
+from gcpo.report import collect, report, sections
 
 PARAMS = ROOT / "nbs" / "params"
 SWEEPS = ["table1", "table2", "figure3a", "figure3b", "figure3c", "figure3d", "gradient_norm"]
@@ -138,5 +140,11 @@ def test_all_rehearsals_in_half_an_hour(tmp_path):
         policies = b.collect(tmp_path / name)
         trained = policies[[bool(base) for base in policies.base]] if "base" in policies else policies
         assert trained["optim/grad_norm" if name == "gradient_norm" else "largest_of_three/score"].notna().all()
+    sweeps = collect(*(tmp_path / name for name in SWEEPS))
+    told = report(sweeps, tmp_path / "report.html").read_text()
+    for name, part in zip(SWEEPS, sections(sweeps), strict=True):
+        assert part.name == f"{name}-rehearsal" and escape(part.title) in told
+        assert [*part.tables][:5] == ["Scores", "Differences", "Gradient norm", "Budgets of a run", "Runs counted"] and all(map(len, part.tables.values()))
+        assert [*part.figures] == ["Scores", "Differences", "eval/reward", "optim/grad_norm"] and all(figure.data for figure in part.figures.values())
     print(f"\nall rehearsals: {(time.perf_counter() - began) / 60:.1f} min at a load of {os.getloadavg()[2]:.1f}")
     assert time.perf_counter() - began < 30 * 60
