@@ -24,15 +24,15 @@ def trainings(name):
     return [r for r in b.expand(PARAMS / f"{name}.yaml", here=False).runs if r.notebook == "train"]
 
 
-@pytest.mark.parametrize("name", [*SWEEPS, *(f"rehearsal/{s}" for s in SWEEPS)])
+@pytest.mark.parametrize("name", [*SWEEPS, *(f"rehearsal/{s}" for s in SWEEPS), *(f"study/{s}" for s in ("methods", "grids", "smollm2"))])
 def test_a_file_expands_and_says_how_many_runs_it_has(name):
-    sweep = b.expand(PARAMS / f"{name}.yaml", here=name.startswith("rehearsal"))
+    sweep = b.expand(PARAMS / f"{name}.yaml", here="/" in name)
     train, after, base = (sum((r.notebook, bool(r.after)) == kind for r in sweep.runs) for kind in (("train", False), ("evaluate", True), ("evaluate", False)))
     head = " ".join(line for line in (PARAMS / f"{name}.yaml").read_text().splitlines() if line.startswith("#"))
     assert after in (0, train) and f"{train} trainings, each evaluated; {base} evaluation{'s' * (base > 1)} of" in head if after else f"{train} trainings; nothing is evaluated" in head
     for run in sweep.runs:
         assert run.kind.parameters.checked(run.config) and run.hash == b.run_hash(run.config, run.kind.free, next((t.hash for t in sweep.runs if t.id == run.after), ""))
-    assert sweep.name == (f"{name.split('/')[1]}-rehearsal" if "/" in name else name)
+    assert sweep.name == (f"{name.split('/')[1]}-rehearsal" if name.startswith("rehearsal") else name.split("/")[-1])
 
 
 def test_what_the_paper_states():

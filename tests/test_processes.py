@@ -21,7 +21,7 @@ from gcpo.train import Config, read_completions, train
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 SMALL = {**SMALL, "dtype": "float64"}  # in float32 AdamW makes steps of gradients that are nothing but rounding: weights then differ by 1e-5 and more, by the kind of processor
-LIMIT = 600  # seconds: processes that wait for each other for ever are a failure
+LIMIT = 240  # seconds: processes that wait for each other for ever are a failure
 ACCELERATE = ROOT / "nbs" / "params" / "accelerate"
 
 # Runs several cases in the same processes; tells, of each case and process, how many collective calls were made and how many numbers were held.
