@@ -6,11 +6,11 @@
 __all__ = ['PLUMBING', 'ORDER', 'HELD_OUT', 'CELL', 'TITLES', 'EXPLAINED', 'FORMATS', 'PUBLIC', 'run_metrics', 'problem_count',
            'single_state', 'records_of_run', 'collect', 'settings', 'model_name', 'varied', 'label_of', 'placed',
            'differs_too', 'mean_interval', 'pooled', 'warnings_of', 'paper_score', 'held_out_scores', 'scores',
-           'table_scores', 'independent_difference', 'smallest_seen', 'pick_baseline', 'table_differences',
-           'conclusion', 'points', 'table_budgets', 'table_states', 'table_unfinished', 'masked', 'table_gradients',
-           'number_key', 'figure_scores', 'figure_differences', 'through_training', 'figure_training', 'Section',
-           'section', 'sections', 'table_html', 'page', 'table_markdown', 'table_latex', 'write_tables', 'Report',
-           'report', 'main', 'public_name', 'is_adapter', 'card_results', 'model_card', 'push_to_hub']
+           'table_scores', 'independent_difference', 'pick_baseline', 'table_differences', 'conclusion', 'points',
+           'table_budgets', 'table_states', 'table_unfinished', 'masked', 'table_gradients', 'number_key',
+           'figure_scores', 'figure_differences', 'through_training', 'figure_training', 'Section', 'section',
+           'sections', 'table_html', 'page', 'table_markdown', 'table_latex', 'write_tables', 'Report', 'report',
+           'main', 'public_name', 'is_adapter', 'card_results', 'model_card', 'push_to_hub']
 
 # %% ../nbs/33_report.ipynb #d0f33cf9
 import argparse
@@ -29,7 +29,7 @@ from typing import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from pydantic import Field
-from scipy import optimize, stats
+from scipy import stats
 
 from .batch import STATES, holder, read_batch, status
 from .benchmark import GYM, SETS
@@ -399,18 +399,6 @@ def independent_difference(a, b) -> dict:
     return dict(difference=d, low=low, high=high, p_value=float(2 * stats.norm.sf(1.96 * abs(d) / toward_zero)) if toward_zero else 1.0)
 
 
-def smallest_seen(a_S_P_K: np.ndarray, b_S_P_K: np.ndarray, chance: float = 0.8) -> float:
-    """The true difference that `paired_bootstrap` finds with probability `chance`, by the noncentral t with the standard error and the degrees of freedom
-    that it has for these scores; in shares, NaN where nothing varies or it would be above 1. One seed: as if seeds did not matter."""
-    told = paired_bootstrap(a_S_P_K, b_S_P_K, draws=100)
-    if told.se < 1e-10:
-        return math.nan
-    critical = stats.t.ppf(.975, told.df)
-    found = lambda shift: np.nan_to_num(stats.nct.sf(critical, told.df, shift) + stats.nct.cdf(-critical, told.df, shift), nan=1.0) - chance
-    smallest = told.se * optimize.brentq(found, 1e-6, 60) if found(60) > 0 else math.inf
-    return smallest if smallest <= 1 else math.nan
-
-
 def pick_baseline(labels: Sequence[str], asked: str = "") -> str:
     """The row that others are compared with: the one asked for (or whose value it is), else grpo, gcpo, a parameter's default, the first trained one.
     Raises ValueError for an unknown one (with the nearest)."""
@@ -440,7 +428,7 @@ def table_differences(cells: pd.DataFrame, baseline: str = "") -> pd.DataFrame:
         for label, row in table.iterrows():
             a, b = known[label], known[against]
             own = independent_difference(a, b) if single and min(a.seeds, b.seeds) == 1 else row[_ESTIMATE].to_dict()
-            counts = dict(detectable=smallest_seen(a.array, b.array), seeds=f"{a.seeds}, {b.seeds}", problems=a.problems)
+            counts = dict(detectable=paired_bootstrap(a.array, b.array, draws=100).detectable(), seeds=f"{a.seeds}, {b.seeds}", problems=a.problems)
             out.append(dict(block=block, benchmark=benchmark, row=label, against=against, **own, **counts))
     table = pd.DataFrame(out, columns=_DIFFERENCE)
     return table.assign(p_holm=holm(table.p_value.astype(float)) if len(table) else [])

@@ -173,6 +173,14 @@ def _combine(v_problem, v_seed_M, v_rest_M, problems, seeds_M):
     return variance, surplus, variance**2 / np.maximum(spread, _TINY)
 
 
+def _found(shift, df, alpha=0.05):
+    "Probability that Student's t at level alpha finds a true difference of `shift` standard errors, known with df degrees of freedom; arrays broadcast."
+    df = np.clip(df, 1e-3, 1e9)[..., None]
+    critical = stats.t.ppf(1 - alpha / 2, df) * np.sqrt(stats.chi2.ppf((np.arange(1000) + .5) / 1000, df) / df)
+    shift = np.asarray(shift)[..., None]
+    return (stats.norm.cdf(shift - critical) + stats.norm.cdf(-shift - critical)).mean(-1)
+
+
 def _seed_and_rest(x_S_P):
     "Mean squares of seeds and of the rest, both over S P: what each would alone make the variance of the grand mean. S > 1; batches in front."
     S, P = x_S_P.shape[-2:]
@@ -196,6 +204,11 @@ class Difference:
     problems: int
     samples: tuple[int, int]
     confidence: float = 0.95
+
+    def detectable(self, chance=0.8):
+        "The true difference that a comparison with this standard error and these degrees of freedom finds with probability `chance`, at the 5% level; in shares, NaN where nothing varies or it would be above 1."
+        missing = lambda difference: _found(difference / self.se, self.df) - chance
+        return float(optimize.brentq(missing, 1e-6 * self.se, 1)) if 1e-10 < self.se < 1 and missing(1) > 0 else math.nan
 
     def __str__(self):
         seeds = str(self.seeds[0]) if self.seeds[0] == self.seeds[1] else f"{self.seeds[0]} and {self.seeds[1]}"
@@ -244,7 +257,7 @@ def paired_bootstrap(scores_a_S_P, scores_b_S_P, seed=0, draws=10_000, confidenc
     """Difference of two methods' mean scores on the same problems -> Difference, by a rescaled bootstrap over problems and seeds.
 
     scores: [seeds, problems] or [seeds, problems, samples] (averaged), shares in [0, 1] as a rule, else any finite numbers; numbers of seeds may differ. One method's seed 3 has nothing to do with the other's,
-    unless paired_seeds. With one seed the interval covers problems and sampling only, and says so. Raises ValueError for other shapes, NaN, fewer than two problems, other problems."""
+    unless paired_seeds, which runs need that draw the same questions and random numbers by their seed. With one seed the interval covers problems and sampling only, and says so. Raises ValueError for other shapes, NaN, fewer than two problems, other problems."""
     a_S_P, b_S_P, samples, parts = _pair(scores_a_S_P, scores_b_S_P, paired_seeds)
     if draws < 100 or not 0 < confidence < 1: raise ValueError(f"draws = {draws} must be at least 100 and confidence = {confidence} between 0 and 1")
     d_P = sum(x.mean(0) for x in parts)
@@ -345,9 +358,7 @@ def power(difference, problems, seeds, samples, components, alpha=0.05):
     v_seed = components.seed / seeds + rest
     with np.errstate(divide="ignore"):
         variance, _, df = _combine(components.problem / problems + 2 * rest, [v_seed] * 2, [rest] * 2, problems, [np.maximum(seeds, 1 + 1e-9)] * 2)
-    critical, centre = stats.t.ppf(1 - alpha / 2, df), difference / np.sqrt(np.maximum(variance, _TINY))
-    centre = np.minimum(centre, 30)
-    found = np.nan_to_num(stats.nct.sf(critical, df, centre) + stats.nct.cdf(-critical, df, centre), nan=1.0)
+    found = _found(difference / np.sqrt(np.maximum(variance, _TINY)), df, alpha)
     return float(found) if np.ndim(found) == 0 else found
 
 
