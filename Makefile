@@ -7,7 +7,7 @@ TOURS = $(filter-out nbs/tours/tiny_warm_start.ipynb,$(wildcard nbs/tours/*.ipyn
 export HF_HUB_OFFLINE ?= 1
 notebooks record study: export PLOTLY_RENDERER ?= png # committed figures are pictures; this needs Chrome or Chromium
 
-.PHONY: help install demo test slow bench docs notebooks readme record study tiny families
+.PHONY: help install demo test slow ranges bench docs notebooks readme record study tiny families
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ test: install ## all tests but the slow ones
 slow: install ## the slow tests too
 	$(BIN)/python -m pytest tests -q
 
+ranges: install ## all tests but the slow ones on the lowest versions that settings.ini allows (Python 3.10) and on the newest, in environments of their own; two hours on two cores
+	$(BIN)/python tests/ranges.py lowest && $(BIN)/python tests/ranges.py newest
+
 bench: install ## measure, an hour on two cores: PART=step (here and TRL), literal, curves, memory; writes data/bench/
 	$(BIN)/python tests/bench.py $(PART) $(ROUNDS)
 
@@ -50,8 +53,8 @@ record: install ## make anew, with SmolLM2, what the tours read from data/ (an h
 	mkdir -p runs/record
 	for nb in $(filter-out nbs/tours/study.ipynb,$(TOURS)); do $(BIN)/papermill $$nb runs/record/$$(basename $$nb) -p recompute True --cwd nbs/tours || exit 1; done
 
-study: install ## train the study's 380 runs, two at a time (hours; call again to go on), into runs/study; condense them to data/study and run the tour on them
-	for sweep in methods grids; do $(BIN)/gcpo-batch run nbs/params/study/$$sweep.yaml --dir runs/study/$$sweep --executor local --workers 2 || test $$? -eq 1 || exit 1; done
+study: install ## train the study's 398 runs, two at a time (hours; call again to go on), into runs/study; condense them to data/study and run the tour on them
+	for sweep in methods grids smollm2; do $(BIN)/gcpo-batch run nbs/params/study/$$sweep.yaml --dir runs/study/$$sweep --executor local --workers 2 || test $$? -eq 1 || exit 1; done
 	$(BIN)/papermill nbs/tours/study.ipynb runs/study/study.ipynb -p recompute True --cwd nbs/tours --no-progress-bar --log-level ERROR
 	cd nbs/tours && ../../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace study.ipynb
 	$(BIN)/nbdev_clean

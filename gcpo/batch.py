@@ -174,7 +174,8 @@ def read_sweep(file: str | Path) -> tuple[SweepFile, dict[tuple, str]]:
     try:
         return SweepFile.checked({str(k): v for k, v in values.items()}), where
     except ValueError as error:
-        told = [f"{_place(where, (_subject(line),))}: {line.replace('is not a parameter', 'is not a part of a sweep')}" for line in str(error).split("\n  ")[1:]]
+        parts = f" (its parts are {', '.join(SweepFile.model_fields)}; what belongs to runs goes under parameters, cases or grid)"
+        told = [f"{_place(where, (_subject(line),))}: {line.replace('is not a parameter', 'is not a part of a sweep')}{parts * ('is not a parameter' in line)}" for line in str(error).split("\n  ")[1:]]
         raise ValueError("\n".join(dict.fromkeys(told))) from None
 
 # %% ../nbs/32_batch.ipynb #5240d75b

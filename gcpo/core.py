@@ -30,8 +30,9 @@ def derive_seed(*parts: int | str) -> int:
 # %% ../nbs/00_core.ipynb #6f3a6513
 def nearest(name: str, valid: Sequence[str]) -> str:
     "The hint `; did you mean 'x'?` for a misspelt name, or an empty string if nothing is close."
-    close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    close = difflib.get_close_matches(str(name), list(valid), n=3, cutoff=0.6)
+    swapped = [c for c in close if sorted(c) == sorted(str(name))]
+    return f"; did you mean '{[*swapped, *close][0]}'?" if close else ""
 
 
 def choose(name: str, table: Mapping[str, Any], what: str) -> Any:
@@ -72,8 +73,10 @@ class Parameters(BaseModel):
             return f"'{name}' is not a parameter{nearest(name, list(cls.model_fields))}"
         if fault["type"] == "value_error":
             return f"{name}: {fault['ctx']['error']}"
-        hint = nearest(fault["input"], fault["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")) if fault["type"] == "literal_error" else ""
         told = f" ({cls.model_fields[name].description})" if name in cls.model_fields else ""
+        if fault["type"] == "missing":
+            return f"'{name}' is missing{told}"
+        hint = nearest(fault["input"], fault["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")) if fault["type"] == "literal_error" else ""
         return f"{name}={fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}{hint}{told}"
 
 # %% ../nbs/00_core.ipynb #c3582bd1
@@ -84,7 +87,7 @@ def from_namespace(kind: type[Parameters], names: Mapping[str, Any]) -> Paramete
 
 
 def read_parameters(path: str | Path) -> dict:
-    "A mapping from a YAML file. Raises ValueError when it is missing, is no YAML (with the line), or holds no mapping."
+    "A mapping from a YAML file; of a run's manifest.json, its configuration. Raises ValueError when it is missing, is no YAML (with the line), or holds no mapping."
     if not Path(path).is_file():
         raise ValueError(f"parameter file '{path}' does not exist")
     try:
@@ -95,7 +98,7 @@ def read_parameters(path: str | Path) -> dict:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected lines such as 'alpha: 2.0', found {type(values).__name__}")
-    return values
+    return values["config"] if Path(path).name == "manifest.json" and isinstance(values.get("config"), dict) else values
 
 
 def from_arguments(kind: type[Parameters], arguments: Sequence[str], program: str, description: str) -> Parameters:

@@ -646,6 +646,24 @@ class LiveExplorer(_LiveControls):
         self.go, self.halt = button("run", "run", self.safely(self.start)), button("stop", "stop", self.safely(self.stop))
         self.place(self.question, row(self.answer, self.reward, self.n, self.J, self.m, self.tokens), row(self.go, self.halt, self.progress, self.stage), self.result)
 
+    def run(self) -> "LiveExplorer":
+        "What the button does, here and now: sample, measure, and show. Raises ValueError without a question, and as `load_policy`."
+        _asked(self.question.value)
+        self.stopped.clear()
+        self.work()
+        return self
+
+    def table(self) -> pd.DataFrame:
+        "The group's table. Raises ValueError before there is a group."
+        if self.shown is None:
+            raise ValueError("nothing was sampled yet: press run, or call run()")
+        return self.shown.table()
+
+    def to_html(self, path: str | Path) -> Path:
+        "As of every application. Raises ValueError before there is a group."
+        self.table()
+        return super().to_html(path)
+
     def start(self) -> None:
         "Begin in a thread. Raises ValueError while one is at work, and without a question."
         if self.thread is not None and self.thread.is_alive():

@@ -298,6 +298,7 @@ def for_sampling(policy: Policy, limit: int = 131_072):
 def save_policy(policy: Policy, directory: str | Path) -> None:
     "Write adapter (LoRA) or whole model, and tokenizer, as safetensors that peft and transformers load by themselves."
     policy.model.save_pretrained(directory)
+    (Path(directory) / "README.md").unlink(missing_ok=True)  # peft's card, which says nothing but this machine's path; gcpo.report.model_card writes one
     policy.tokenizer.save_pretrained(directory)
 
 

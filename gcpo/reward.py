@@ -9,7 +9,7 @@ __all__ = ['SECONDS', 'REWARDS', 'text_of', 'opens_thought', 'as_completion', 'b
            'reward_table', 'checked_rewards', 'load_reward']
 
 # %% ../nbs/06_reward.ipynb #0dde12f3
-import importlib, importlib.util, json, math, re, textwrap, time
+import importlib, importlib.util, inspect, json, math, os, re, sys, textwrap, time
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import partial
@@ -336,6 +336,14 @@ def _column(function, result, n):
     return [math.nan if score is None else float(score) for score in plain]
 
 # %% ../nbs/06_reward.ipynb #1255341a
+def _takes(function, names):
+    "Raises ValueError for a function that cannot be called with these keyword arguments."
+    try: inspect.signature(function).bind(**dict.fromkeys(names))
+    except TypeError as error:
+        raise ValueError(f"reward function '{name_of(function)}': {error}; it is called with {', '.join(names)}: define it as f(prompts, completions, **columns)") from None
+    except ValueError: pass  # a builtin without a signature
+
+
 def reward_table(functions, prompts, completions, columns):
     """The rewards of each function apart: reward_N_F, float32, NaN where a function does not score (None).
 
@@ -347,6 +355,7 @@ def reward_table(functions, prompts, completions, columns):
         if isinstance(column, str) or len(column) != n:
             count = "is one string" if isinstance(column, str) else f"has {len(column)} entries"
             raise ValueError(f"column '{name}' {count} for {n} completions; repeat each query's entry once per completion")
+    for function in functions: _takes(function, ["prompts", "completions", *columns])
     results = [(function, function(prompts=prompts, completions=completions, **columns)) for function in functions]
     return torch.tensor([_column(function, result, n) for function, result in results]).T
 
@@ -368,14 +377,15 @@ REWARDS = {function.__name__: function for function in (accuracy, numeric_match,
 
 
 def load_reward(name):
-    "The reward function of that name, built in or as `package.module:function`. Raises ValueError with the nearest name if there is none."
+    "The reward function of that name, built in or as `package.module:function`, also of a file in the working directory. Raises ValueError with the nearest name if there is none."
     if ":" not in name:
         if name in REWARDS: return REWARDS[name]
         raise ValueError(f"unknown reward '{name}'{nearest(name, REWARDS)} (valid: {', '.join(REWARDS)}, or 'package.module:function')")
     module, _, function = name.partition(":")
+    if not {"", os.getcwd()} & {*sys.path}: sys.path.append(os.getcwd())  # which `python -m` and Jupyter have, and commands have not
     try: loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"reward '{name}': {error}; install it, or correct the part before the colon") from error
+        raise ValueError(f"reward '{name}': {error}; put its file into the working directory ({os.getcwd()}), install it, or correct the part before the colon") from error
     found = getattr(loaded, function, None)
     if not callable(found):
         raise ValueError(f"reward '{name}': no function '{function}' in '{module}'{nearest(function, dir(loaded))}; correct the part after the colon")

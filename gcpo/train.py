@@ -10,8 +10,8 @@ __all__ = ['METHODS', 'UPSILONS', 'SIMILARITIES', 'WEIGHTINGS', 'REFERENCES', 'T
            'train_step', 'counted', 'split_by', 'check_references', 'of_all_processes', 'step_metrics', 'answer',
            'held_out_metrics', 'evaluate', 'Run', 'restore', 'check_trackers', 'Log', 'completion_rows',
            'write_completions', 'read_completions', 'join_completions', 'evaluate_run', 'write_failed', 'check_window',
-           'rehearse_rewards', 'questions_of_step', 'prepare', 'train', 'check_shares', 'line', 'finish',
-           'search_settings', 'train_by_search', 'read_run', 'main', 'launch', 'summary']
+           'rehearse_rewards', 'questions_of_step', 'prepare', 'train', 'check_shares', 'held_out_told', 'line',
+           'finish', 'search_settings', 'train_by_search', 'read_run', 'main', 'launch', 'summary']
 
 # %% ../nbs/30_train.ipynb #b8844c4b
 import json
@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from .advantage import clipped, flip_rate, group_advantage, has_signal, product, sign_aware
 from .benchmark import grader_of, load_rows, stops_of
 from .collider import DRAWS, ENCODINGS, ORDERS, TEMPLATES, Collider, contexts_logp, continue_contexts, dependence, encode, integrate
-from .core import Group, MetricsLog, Parameters, atomic, check_directory, choose, derive_seed, from_arguments, read_metrics, row_mask, share_heads, write_atomic, write_manifest
+from .core import Group, MetricsLog, Parameters, atomic, check_directory, choose, derive_seed, from_arguments, read_metrics, read_parameters, row_mask, share_heads, write_atomic, write_manifest
 from .data import Row, to_query
 from .kl import phi_autoregressive, phi_ess, phi_tokenwise, reading_metrics, reference_mean, reference_ratio, reference_sum, treat_floor, treat_mask
 from .loss import dr_grpo_loss, gcpo_loss, grpo_loss, gvpo_loss
@@ -847,6 +847,8 @@ def prepare(config: Config) -> tuple[Recipe, Policy, list, list]:
     rows, held_out = load_rows(config.data, config.eval_data, config.train_size, config.eval_size, config.seed, config.shots, config.prompt_style == "chat")
     if config.prompts_per_step > len(rows):
         raise ValueError(f"prompts_per_step={config.prompts_per_step}, but there are only {len(rows)} training questions: a step would hold the same question twice")
+    if len(held_out) < 10:
+        tqdm.write(f"{len(held_out)} questions are held out: too few to tell a rise from luck; give more of them, or a file as eval_data")
     rehearse_rewards(recipe, rows[:2])
     torch.manual_seed(config.seed)
     lora = _lora(config) if config.lora_r else None
@@ -914,11 +916,18 @@ def check_shares(config: Config, held_out: int) -> None:
         tqdm.write(f"{size} processes, {strategy()}, {torch.distributed.get_backend()}")
 
 # %% ../nbs/30_train.ipynb #6e74f1bc
+def held_out_told(held: dict) -> str:
+    "Mean reward of held-out questions with its interval, in words: as a share where it is one, without interval where fewer than two were scored."
+    form = "{:.1%}" if 0 <= held["eval/reward"] <= 1 else "{:.3g}"
+    mean, low, high = (form.format(held[f"eval/{k}"]) for k in ("reward", "low", "high"))
+    return f"{mean} [{low}, {high}]" if held["eval/count"] > 1 else f"{mean} (of {held['eval/count']:.0f} questions: no interval)"
+
+
 def line(metrics: dict, held: dict) -> str:
     "The numbers of a step worth watching live, in one line."
     seconds = sum(v for k, v in metrics.items() if k.startswith("time/"))
     spread_told = f"  Υ {metrics['causal/upsilon_mean']:.2f} ± {metrics['causal/upsilon_std']:.2f}" if "causal/upsilon_mean" in metrics else ""
-    held_told = f"  held out {held['eval/reward']:.1%} [{held['eval/low']:.1%}, {held['eval/high']:.1%}]" if held else ""
+    held_told = f"  held out {held_out_told(held)}" if held else ""
     return f"reward {metrics['reward/mean']:.2f}  mixed groups {metrics['groups/mixed']:.0%}{spread_told}  {seconds:.1f} s{held_told}"
 
 # %% ../nbs/30_train.ipynb #f43cb9c5
@@ -969,7 +978,7 @@ def train_by_search(config: Config) -> Path:
             done = metrics.pop("round") + 1
             held = evaluate_run(run, policy, held_out, recipe, done)
             log.append(done, **metrics, **held)
-            tqdm.write(f"round {done}  solved {metrics['search/solved']:.0%}  held out {held['eval/reward']:.1%} [{held['eval/low']:.1%}, {held['eval/high']:.1%}]")
+            tqdm.write(f"round {done}  solved {metrics['search/solved']:.0%}  held out {held_out_told(held)}")
     except FloatingPointError as error:
         raise NonFiniteError(str(error), len(list(run.dir.glob("search/round-*"))), []) from None
     finish(run, policy, log)
@@ -1026,15 +1035,18 @@ def _command(name: str) -> str:
 
 
 def summary(run_dir: str | Path) -> str:
-    "Held-out pass rate before and after with intervals, where everything lies, and three things to do next."
-    held = [row for row in read_metrics(run_dir) if "eval/reward" in row]
-    show = lambda row: f"{row['eval/reward']:.1%} [{row['eval/low']:.1%}, {row['eval/high']:.1%}]"
+    "Held-out reward before and after with intervals, where everything lies, and three things to do next with this run."
+    run_dir = Path(run_dir)
+    held, config = [row for row in read_metrics(run_dir) if "eval/reward" in row], read_parameters(run_dir / "manifest.json")
+    other, notebook = "gcpo" if config["objective"] == "grpo" else "grpo", run_dir / "50_train.ipynb"
+    again = f"{_command('gcpo-train')} --params {run_dir / 'manifest.json'}"
+    look = f"{_command('jupyter')} lab {notebook}" if notebook.exists() else f"python -c \"from gcpo.explore import explore_run; explore_run('{run_dir}').to_html('run.html')\""
     return "\n".join([
-        f"held out, before: {show(held[0])}", f"held out, after:  {show(held[-1])}   ({int(held[-1]['eval/count'])} questions, 95% intervals)",
-        f"run directory:    {run_dir}", f"trained policy:   {Path(run_dir) / 'policy'}", "next:",
-        f"  {_command('gcpo-train')} --params nbs/params/demo.yaml --objective grpo --output_dir {run_dir}-grpo      # the same by GRPO",
-        f"  {_command('papermill')} nbs/50_train.ipynb out.ipynb -f nbs/params/demo.yaml -p seed 1 -p output_dir {run_dir}-1   # another seed, as a notebook",
-        f"  {_command('jupyter')} lab {run_dir}/50_train.ipynb                                                   # look at what happened"])
+        f"held out, before: {held_out_told(held[0])}", f"held out, after:  {held_out_told(held[-1])}   ({int(held[-1]['eval/count'])} questions, 95% intervals)",
+        f"run directory:    {run_dir}", f"trained policy:   {run_dir / 'policy'}", "next:",
+        f"  {again} --objective {other} --output_dir {run_dir}-{other}   # the same by {other.upper()}",
+        f"  {again} --seed {config['seed'] + 1} --output_dir {run_dir}-seed{config['seed'] + 1}   # another seed",
+        f"  {look}   # look at what happened"])
 
 # %% ../nbs/30_train.ipynb #6b84c14c
 if __name__ == "__main__" and "__file__" in globals():

@@ -1,10 +1,12 @@
 """Bad input is refused before anything expensive, and numbers that are no numbers stop a run with its batch on the disk."""
 import json
 import math
+import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import BIN
 
 from gcpo.train import Config, NonFiniteError, prepare, train
 
@@ -112,3 +114,10 @@ def test_an_infinite_reference_names_step_group_and_quantity(small, tmp_path, mo
     with pytest.raises(NonFiniteError, match=r"step 0, group 'largest_of_three-\d+': log-probs in the contexts of the causal reference not finite"):
         train(Config.checked({**small, "max_steps": 1}))
     assert (tmp_path / "run" / "failed-step-000000.json").exists()
+
+
+def test_a_reward_is_found_in_the_working_directory(tmp_path):
+    "A command has its own directory on Python's path, not the user's; `nothing` is not in the file that it finds."
+    (tmp_path / "my_own_rewards.py").write_text("def short(prompts, completions, **columns):\n    return [-float(len(c)) for c in completions]\n")
+    done = subprocess.run([BIN / "gcpo-train", "--model", "tiny", "--rewards", "[my_own_rewards:nothing]"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "no function 'nothing' in 'my_own_rewards'" in done.stderr
