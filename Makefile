@@ -42,7 +42,7 @@ bench: install ## measure, an hour on two cores: PART=step (here and TRL), liter
 	$(BIN)/python tests/bench.py $(PART) $(ROUNDS)
 
 notebooks: install ## run all notebooks and tours, export the package, rebuild the README
-	for nb in nbs/[0-4]*.ipynb $(TOURS); do echo $$nb; (cd $$(dirname $$nb) && $(CURDIR)/$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace $$(basename $$nb)) || exit 1; done
+	for nb in nbs/[0-4]*.ipynb $(TOURS) nbs/index.ipynb; do echo $$nb; (cd $$(dirname $$nb) && $(CURDIR)/$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace $$(basename $$nb)) || exit 1; done
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
 	$(MAKE) readme
 
