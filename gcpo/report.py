@@ -213,7 +213,7 @@ def placed(runs: pd.DataFrame, by: Sequence[str] | None = None) -> pd.DataFrame:
         choose(key, dict.fromkeys(table), "parameter")
     base = (table.method == "base").to_numpy()
     out = runs.assign(model=table.model.map(model_name), block=_blocks(runs, table), seed=table.get("seed", 0), base=base, **{k: table[k] for k in by})
-    named = [{k: table[k].iloc[i] for k in by} for i in range(len(table))]
+    named = [dict(zip(by, values)) for values in zip(*(table[k].tolist() for k in by))] if by else [{}] * len(table)
     as_base = lambda own: {"method": "base", **{k: v for k, v in own.items() if k.startswith("evaluation.")}}
     out["label"] = [label_of(as_base(own) if is_base else own) for is_base, own in zip(base, named)]
     homes = {model: list(dict.fromkeys(part.block)) for model, part in out[~base].groupby("model")}
