@@ -35,7 +35,7 @@ test: install ## all tests but the slow ones
 slow: install ## the slow tests too
 	$(BIN)/python -m pytest tests -q
 
-ranges: install ## all tests but the slow ones on the lowest versions that settings.ini allows (Python 3.10) and on the newest, in environments of their own; two hours on two cores
+ranges: install ## all tests but the slow ones on the lowest versions that settings.ini allows (Python 3.10) and on the newest, in environments of their own (twice as long as make test, and gigabytes)
 	$(BIN)/python tests/ranges.py lowest && $(BIN)/python tests/ranges.py newest
 
 bench: install ## measure, an hour on two cores: PART=step (here and TRL), literal, curves, memory; writes data/bench/
@@ -47,6 +47,7 @@ notebooks: install ## run all notebooks and tours, export the package, rebuild t
 	$(MAKE) readme
 
 readme: install ## README.md from nbs/index.ipynb
+	rm -f nbs/images/README_*.png
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-input --output-dir . --output README --NbConvertApp.output_files_dir=nbs/images nbs/index.ipynb
 
 record: install ## make anew, with SmolLM2, what the tours read from data/ (an hour); `make notebooks` then shows it

@@ -110,7 +110,8 @@ def arrays(results: pd.DataFrame, reading: str, key: str = "method", steps: int 
     out, limit, families, seeds = {}, limits(results), results.data.unique(), sorted(results.seed.unique())
     for (data, label), part in results[results.state == "finished"].groupby(["data", key], sort=False):
         chosen = {seed: READINGS[reading](own, steps or limit.steps[data], limit.tokens[data]) for seed, own in part.groupby("seed")}
-        if all(map(len, chosen.values())) and not (reading in ("equal steps", "on the way") and (part.method == "rest_mcts").any()):
+        short = reading == "equal tokens" and np.mean([rows.tokens.iloc[0] for rows in chosen.values()]) < .9 * limit.tokens[data]
+        if all(map(len, chosen.values())) and not short and not (reading in ("equal steps", "on the way") and (part.method == "rest_mcts").any()):
             out[data, label] = np.stack([bits(chosen[seed]) if seed in chosen else np.full(int(part.questions.max()), np.nan) for seed in seeds])
     for label in dict.fromkeys(label for _, label in out):
         own = [out[data, label] for data in families if (data, label) in out]
@@ -135,8 +136,9 @@ def told_in_numbers(told: Difference) -> dict:
 
 def with_holm(table: pd.DataFrame) -> pd.DataFrame:
     "A table with `p_value`, and `p_holm` after it: corrected over all rows."
-    place = table.columns.get_loc("p_value") + 1
-    return pd.concat([table.iloc[:, :place], pd.Series(holm(table.p_value.astype(float)) if len(table) else [], table.index, float, "p_holm"), table.iloc[:, place:]], axis=1)
+    table = table.copy()
+    table.insert(table.columns.get_loc("p_value") + 1, "p_holm", holm(table.p_value.astype(float)) if len(table) else np.empty(0))
+    return table
 
 
 def study_cells(results: pd.DataFrame, reading: str, key: str = "method") -> pd.DataFrame:

@@ -847,7 +847,7 @@ def prepare(config: Config) -> tuple[Recipe, Policy, list, list]:
     rows, held_out = load_rows(config.data, config.eval_data, config.train_size, config.eval_size, config.seed, config.shots, config.prompt_style == "chat")
     if config.prompts_per_step > len(rows):
         raise ValueError(f"prompts_per_step={config.prompts_per_step}, but there are only {len(rows)} training questions: a step would hold the same question twice")
-    if len(held_out) < 10:
+    if len(held_out) < 10 and world().first:
         tqdm.write(f"{len(held_out)} questions are held out: too few to tell a rise from luck; give more of them, or a file as eval_data")
     rehearse_rewards(recipe, rows[:2])
     torch.manual_seed(config.seed)

@@ -121,3 +121,10 @@ def test_a_reward_is_found_in_the_working_directory(tmp_path):
     (tmp_path / "my_own_rewards.py").write_text("def short(prompts, completions, **columns):\n    return [-float(len(c)) for c in completions]\n")
     done = subprocess.run([BIN / "gcpo-train", "--model", "tiny", "--rewards", "[my_own_rewards:nothing]"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "no function 'nothing' in 'my_own_rewards'" in done.stderr
+
+
+def test_secrets_of_the_environment_stay_out_of_a_run(small, tmp_path, monkeypatch):
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "hf_9fJ2sEcReT")
+    written = [p for p in train(Config.checked({**small, "max_steps": 1, "report_to": ["tensorboard"]})).rglob("*") if p.is_file()]
+    assert len(written) > 8 and not [p for p in written if b"hf_9fJ2sEcReT" in p.read_bytes()]
