@@ -42,7 +42,7 @@ bench: install ## measure, an hour on two cores: PART=step (here and TRL), liter
 	$(BIN)/python tests/bench.py $(PART) $(ROUNDS)
 
 notebooks: install ## run all notebooks and tours, export the package, rebuild the README
-	for nb in nbs/[0-4]*.ipynb $(TOURS) nbs/index.ipynb; do echo $$nb; (cd $$(dirname $$nb) && $(CURDIR)/$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace $$(basename $$nb)) || exit 1; done
+	$(BIN)/python tests/execute.py nbs/[0-4]*.ipynb $(TOURS) nbs/index.ipynb
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
 	$(MAKE) readme
 
@@ -57,11 +57,11 @@ record: install ## make anew, with SmolLM2, what the tours read from data/ (an h
 study: install ## train the study's 398 runs, two at a time (hours; call again to go on), into runs/study; condense them to data/study and run the tour on them
 	for sweep in methods grids smollm2; do $(BIN)/gcpo-batch run nbs/params/study/$$sweep.yaml --dir runs/study/$$sweep --executor local --workers 2 || test $$? -eq 1 || exit 1; done
 	$(BIN)/papermill nbs/tours/study.ipynb runs/study/study.ipynb -p recompute True --cwd nbs/tours --no-progress-bar --log-level ERROR
-	cd nbs/tours && ../../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace study.ipynb
+	$(BIN)/python tests/execute.py nbs/tours/study.ipynb
 	$(BIN)/nbdev_clean
 
 tiny: install ## rebuild the checkpoint in data/tiny (20 minutes)
-	cd nbs/tours && ../../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --ExecutePreprocessor.store_widget_state=False --inplace tiny_warm_start.ipynb
+	$(BIN)/python tests/execute.py nbs/tours/tiny_warm_start.ipynb
 
 families: install ## rebuild the checkpoint of the study's four families of tasks in data/study/tiny (an hour on one core)
 	cd nbs/tours && ../../$(BIN)/papermill tiny_warm_start.ipynb /dev/null -y 'tasks: [largest_of_some, lowest_and_highest, second_largest, in_order]' -p output_dir ../../data/study/tiny

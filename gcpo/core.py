@@ -371,8 +371,10 @@ def environment() -> dict:
 
 # %% ../nbs/00_core.ipynb #edd6bf6a
 def check_directory(config: Parameters, free: Sequence[str] = ("output_dir",), **more: Any) -> Path:
-    "config.output_dir, created. Raises ValueError when it cannot be written to, or holds results of other parameters or of other things in `more` (listing them); those in `free` may differ."
-    directory = writable_dir(config.output_dir)
+    "config.output_dir. Raises ValueError when it cannot be created or written to, or holds results of other parameters or of other things in `more` (listing them); those in `free` may differ. Nothing is left of the attempt."
+    new, directory = not Path(config.output_dir).exists(), writable_dir(config.output_dir)
+    if new:
+        directory.rmdir()
     if not (directory / "manifest.json").exists():
         return directory
     manifest = json.loads((directory / "manifest.json").read_text())
@@ -384,8 +386,9 @@ def check_directory(config: Parameters, free: Sequence[str] = ("output_dir",), *
 
 
 def write_manifest(directory: Path, config: Parameters, free: Sequence[str] = ("output_dir",), **more: Any) -> None:
-    "Write manifest.json (parameters but those in `free`, environment, start, and `more`), and the uncommitted diff of the checkout beside it, unless there is one."
+    "Write manifest.json (parameters but those in `free`, environment, start, and `more`), and the uncommitted diff of the checkout beside it, unless there is one; creates the directory."
     if not (directory / "manifest.json").exists():
+        directory.mkdir(parents=True, exist_ok=True)
         if diff := uncommitted():
             write_atomic(directory / "uncommitted.diff", diff)
         told = json.loads(config.model_dump_json(exclude={*free}))

@@ -21,7 +21,7 @@ def requirements(name: str) -> list[str]:
 def resolved(wanted: list[str], python: str, *how: str) -> list[str]:
     "Requirements -> pins of all that they need. Raises CalledProcessError, after uv has said why."
     done = subprocess.run([*UV, "pip", "compile", "-", "--python", python, "--no-header", "--no-annotate", "--quiet", *how], input="\n".join(wanted), text=True, stdout=subprocess.PIPE, check=True)
-    return done.stdout.split("\n")
+    return done.stdout.splitlines()
 
 
 def main(which: str, python: str = "", *arguments: str) -> int:
