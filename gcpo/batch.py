@@ -493,7 +493,7 @@ def execute(job: dict, stopping: Callable = lambda: False) -> int:
         error = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", lines).splitlines() if line.strip()][-12:]
         if raised.ename in ("KeyboardInterrupt", "InterruptedError"):
             return ENDED
-        if _FULL.search("\n".join(error[-3:])):
+        if _FULL.search(raised.evalue):
             return FULL
     except OSError as raised:
         if raised.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -277,7 +277,7 @@ def contrasts(results: pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/34_study.ipynb #967bc88f
 TINY = "tiny"
 GRIDS = {"α": ["alpha"], "κ": ["kappa"], "the similarity": ["cosine", "euclidean"], "the collider's draw": ["draw"], "the reading of the reference": ["reference"],
-         "the sign of weights": ["clipped", "sign aware"], "more draws": ["J"], "the policy's side of the penalty": ["policy"]}
+         "the sign of weights": ["clipped", "sign aware"], "the number of draws": ["J"], "the policy's side of the penalty": ["policy"]}
 
 
 def grid_rows(table: pd.DataFrame, group: str, column: str = "row") -> pd.DataFrame:
@@ -292,12 +292,13 @@ def verdict(row) -> str:
 
 def findings(study: Study) -> pd.DataFrame:
     """What holds and what does not -> DataFrame: claim, on (tiny or SmolLM2), found, difference, low, high, p_holm (over a sweep's rows), detectable (points;
-    gradient norms per cent; NaN: not known). Of a group of settings the one furthest from the default."""
+    gradient norms per cent; NaN: not known). Of a group of settings the one furthest from the default, among those that were seen to differ if any was."""
     rows = [dict(row._asdict(), on=on, found=verdict(row)) for on, results in ((TINY, study.methods), ("SmolLM2", study.smollm2)) if len(results) for row in contrasts(results).itertuples(index=False)]
     grid = against(study.grids, "default", "equal steps", "case") if len(study.grids) else study.grids
     for group in GRIDS if len(grid) else ():
         if len(own := grid_rows(grid, group)):
-            sure, most = own[own.p_holm < .05], own.loc[own.difference.abs().idxmax()]
+            sure = own[own.p_holm < .05]
+            most = own.loc[(sure if len(sure) else own).difference.abs().idxmax()]
             found = f"no setting of {len(own)} seen to differ" if not len(sure) else ", ".join(f"{r.row} is {'above' if r.difference > 0 else 'below'} the default" for r in sure.itertuples())
             rows.append(dict(most, claim=f"{group} matters (furthest: {most.row})", on=TINY, found=found))
     table = pd.DataFrame(rows, columns=["claim", "on", "found", "difference", "low", "high", "p_holm", "detectable"])

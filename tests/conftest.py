@@ -4,8 +4,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # several test processes share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))))  # test processes share the cores
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PLOTLY_RENDERER"] = "plotly_mimetype+notebook_connected"  # what papermill's notebooks choose by themselves
 

@@ -1,9 +1,7 @@
 """A run as a whole: papermill and command line agree, seeds decide everything, nothing finished is lost to kill -9, the adapter is everyone's."""
 import json
-import os
 import signal
 import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -13,6 +11,7 @@ from conftest import BIN, ROOT
 
 from gcpo.core import read_metrics
 from gcpo.train import Config, read_completions, train
+from warm import warm
 
 
 def without_times(run_dir):
@@ -21,7 +20,7 @@ def without_times(run_dir):
 
 def command(parameters, driver="from gcpo.train import main; main()"):
     arguments = [x for k, v in parameters.items() for x in (f"--{k}", yaml.safe_dump(v).strip().removesuffix("...").strip() if not isinstance(v, str) else v)]
-    return subprocess.run([sys.executable, "-c", driver, *arguments], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return warm(driver, *arguments)
 
 
 def weights(run_dir):
@@ -45,7 +44,7 @@ def uninterrupted(tmp_path_factory):
     from conftest import SMALL
     directory = tmp_path_factory.mktemp("whole") / "run"
     done = command({**SMALL, "output_dir": str(directory)})
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-2000:]
     assert "held out, before" in done.stdout and "next:" in done.stdout
     return directory
 
@@ -66,11 +65,11 @@ def test_another_seed_is_another_run(small, uninterrupted):
 @pytest.mark.parametrize("moment", KILLS)
 def test_killed_run_continues_to_the_same_end(moment, small, uninterrupted):
     killed = command(small, f"import os, torch\n{KILLS[moment]}\nt.main()")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert killed.returncode == -signal.SIGKILL, killed.stdout[-2000:]
     run_dir = type(uninterrupted)(small["output_dir"])
     assert not (run_dir / "policy").exists()
     done = command(small)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-2000:]
     assert json.dumps(without_times(run_dir)) == json.dumps(without_times(uninterrupted))
     assert weights(run_dir) == weights(uninterrupted)
     assert read_completions(run_dir).equals(read_completions(uninterrupted))
@@ -81,7 +80,7 @@ def test_papermill_does_the_same_run(small, uninterrupted, tmp_path):
     parameters = tmp_path / "small.yaml"
     parameters.write_text(yaml.safe_dump({k: v for k, v in small.items() if k != "output_dir"}))
     subprocess.run([BIN / "papermill", ROOT / "nbs" / "50_train.ipynb", tmp_path / "out.ipynb", "-f", parameters, "-p", "output_dir", small["output_dir"]],
-                   check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                   check=True, capture_output=True)
     assert json.dumps(without_times(small["output_dir"])) == json.dumps(without_times(uninterrupted))
     cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
     outputs = "".join(json.dumps(c.get("outputs", "")) for c in cells)
