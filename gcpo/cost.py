@@ -59,6 +59,7 @@ def outline_of(model_config, config: Config) -> Outline:
     c = model_config.get_text_config()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(c)
+    model.tie_weights()
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if m is not head and (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")]
     heads = c.num_attention_heads

@@ -267,7 +267,8 @@ def paired_bootstrap(scores_a_S_P, scores_b_S_P, seed=0, draws=10_000, confidenc
     least, most = min(a_S_P.min(), b_S_P.min()), max(a_S_P.max(), b_S_P.max())
     shares = 0 <= least and most <= 1
     draw_N = _draws(d_P, surplus, variance, df, draws, 1 if shares else most - least, np.random.default_rng(seed))
-    low, high = np.quantile(draw_N, [(1 - confidence) / 2, (1 + confidence) / 2]).clip(*((-1, 1) if shares else (None, None)))
+    limit = 1 if shares else math.inf
+    low, high = np.quantile(draw_N, [(1 - confidence) / 2, (1 + confidence) / 2]).clip(-limit, limit)
     above, below = np.mean(draw_N > 0), np.mean(draw_N < 0)
     run_a, run_b = a_S_P.mean(1), b_S_P.mean(1)
     wins = np.sign(run_a - run_b if paired_seeds else run_a[:, None] - run_b)

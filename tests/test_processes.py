@@ -20,7 +20,7 @@ from gcpo.parallel import World, share
 from gcpo.train import Config, read_completions, train
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-SMALL = {**SMALL, "dtype": "float64"}  # in float32 AdamW makes steps of gradients that are nothing but rounding: weights then differ by 1e-5 and more, by the kind of processor
+SMALL = {**SMALL, "max_steps": 4, "dtype": "float64"}  # in float32 AdamW makes steps of gradients that are nothing but rounding: weights then differ by 1e-5 and more, by the kind of processor
 LIMIT = 240  # seconds: processes that wait for each other for ever are a failure
 ACCELERATE = ROOT / "nbs" / "params" / "accelerate"
 
@@ -146,7 +146,7 @@ def runs(tmp_path_factory):
         learn = module.train_step
 
         def stop(*args):
-            if args[-1] == 4:
+            if args[-1] == 2:
                 raise KeyboardInterrupt
             return learn(*args)
         patch.setattr(module, "train_step", stop)
@@ -217,7 +217,7 @@ def test_killing_one_process_ends_all_and_a_restart_continues(tmp_path, runs):
     mark, log = f"kill-{tmp_path}", tmp_path / "run" / "metrics.jsonl"
     started = subprocess.Popen([*map(str, command(tmp_path, num_processes=2))], cwd=ROOT, env={**ENV, "TEST_MARK": mark}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + LIMIT
-    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 3):
+    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) >= 2):
         time.sleep(0.05)
     ranks = {pid: "RANK=1" in (Path("/proc") / str(pid) / "environ").read_bytes().decode().split("\0") for pid in marked(mark)}
     second, = [pid for pid, is_second in ranks.items() if is_second]
@@ -266,7 +266,7 @@ def zero3_runs(tmp_path_factory):
     cases = [case(directory, f"{name}-zero3", "zero3", **changes, **float32) for name, changes in ZERO3_VARIANTS.items()]
     for name in ("full", "lora"):
         changes = {**VARIANTS[name], **float32}
-        cases += [case(directory, f"stopped-{name}", "zero3", until=2, **changes), case(directory, f"begun-{name}", "ddp", until=4, **changes), case(directory, f"begun-{name}", "zero3", **changes)]
+        cases += [case(directory, f"stopped-{name}", "zero3", until=2, **changes), case(directory, f"begun-{name}", "ddp", until=2, **changes), case(directory, f"begun-{name}", "zero3", **changes)]
     return directory, two(directory, cases)
 
 
