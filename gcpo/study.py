@@ -22,7 +22,7 @@ from .statistics import Difference, holm, interval, paired_bootstrap
 from .train import read_completions
 
 # %% ../nbs/34_study.ipynb #f8206b7c
-MEANS = ["reward/mean", "kl/ref", "kl/causal", "clip/low", "clip/high", "causal/clamped", "causal/floored", "causal/upsilon_std", "causal/flip_rate"]
+MEANS = ["reward/mean", "groups/mixed", "kl/ref", "kl/causal", "clip/low", "clip/high", "causal/clamped", "causal/floored", "causal/upsilon_std", "causal/flip_rate"]
 OF_RUN = ["objective", "method", "data", "seed", "alpha", "kappa", "max_grad_norm"]
 
 
