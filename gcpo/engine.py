@@ -170,7 +170,7 @@ def has_continuous() -> bool:
     "Whether the transformers that is installed has the continuous batching that `sample_continuous` was written for."
     import transformers
     fields = getattr(getattr(transformers, "ContinuousBatchingConfig", None), "__dataclass_fields__", {})
-    return {"page_size", "use_async_batching", "auto_switch_to_flash"} <= set(fields) and hasattr(transformers.PreTrainedModel, "init_continuous_batching")
+    return {"page_size", "use_async_batching", "auto_switch_to_flash"} <= set(fields) and hasattr(transformers.GenerationMixin, "init_continuous_batching")
 
 
 def sample_continuous(policy: Policy, tree: PrefixTree, leaves: Sequence[int], seeds: Sequence[int], how: Sampling, token_budget: int = 131_072, progress: str = "") -> list[Sample]:
