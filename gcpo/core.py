@@ -10,7 +10,7 @@ __all__ = ['derive_seed', 'nearest', 'choose', 'Parameters', 'from_namespace', '
 
 # %% ../nbs/00_core.ipynb #794266b9
 import argparse, difflib, hashlib, json, os, platform, subprocess, time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -372,9 +372,12 @@ def environment() -> dict:
 # %% ../nbs/00_core.ipynb #edd6bf6a
 def check_directory(config: Parameters, free: Sequence[str] = ("output_dir",), **more: Any) -> Path:
     "config.output_dir. Raises ValueError when it cannot be created or written to, or holds results of other parameters or of other things in `more` (listing them); those in `free` may differ. Nothing is left of the attempt."
-    new, directory = not Path(config.output_dir).exists(), writable_dir(config.output_dir)
-    if new:
-        directory.rmdir()
+    place = Path(config.output_dir)
+    new = [p for p in (place, *place.parents) if not p.exists()]
+    directory = writable_dir(place)
+    with suppress(OSError):  # another run may begin there at this moment
+        for p in new:
+            p.rmdir()
     if not (directory / "manifest.json").exists():
         return directory
     manifest = json.loads((directory / "manifest.json").read_text())

@@ -1,7 +1,9 @@
 """A run as a whole: papermill and command line agree, seeds decide everything, nothing finished is lost to kill -9, the adapter is everyone's."""
 import json
+import os
 import signal
 import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -55,6 +57,14 @@ def test_two_runs_with_one_seed_agree_byte_for_byte(small, uninterrupted):
     assert json.dumps(without_times(again)) == json.dumps(without_times(uninterrupted))
     assert weights(again) == weights(uninterrupted)
     assert read_completions(again).equals(read_completions(uninterrupted))
+
+
+def test_questions_are_the_same_in_every_process():
+    "Whatever the hash seed is by which Python orders sets: reasoning-gym's ransom notes are made by walking through some."
+    pytest.importorskip("reasoning_gym")
+    code = "from gcpo.benchmark import source_rows\nfrom gcpo.data import TASKS\nprint([source_rows(name, 6, 1) for name in ('reasoning_gym:ransom_note', 'reasoning_gym:word_ladder', *TASKS)])"
+    first, second = (subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout for seed in "12")
+    assert first == second and "Ransom note" in first
 
 
 def test_another_seed_is_another_run(small, uninterrupted):
