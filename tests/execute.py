@@ -1,6 +1,6 @@
 """Run notebooks where they lie, and keep what they show: python tests/execute.py NOTEBOOK...
 
-Figures are kept as pictures of 256 colours, which nobody tells from 16 million and which take a fifth of the bytes."""
+Figures are kept as pictures of 256 colours: a third to a fifth of the bytes."""
 import base64
 import io
 import sys
