@@ -587,8 +587,8 @@ def figure_differences(differences: pd.DataFrame):
     """A table of differences as points with intervals, in points; filled where Holm's p is below 5%, and grey ticks at the difference that would have
     been found four times in five. A plotly Figure."""
     import plotly.graph_objects as go
-    many = differences.block.nunique() > 1
-    names = [" · ".join(html.escape(str(v)) for v in ([d.block] if many else []) + [d.row, d.benchmark]) for d in differences.itertuples()]
+    blocks, bases = differences.block.nunique() > 1, differences.against.nunique() > 1
+    names = [" · ".join(html.escape(str(v)) for v in [d.block] * blocks + [f"{d.row} over {d.against}" if bases else d.row, d.benchmark]) for d in differences.itertuples()]
     d = differences.assign(**{c: 100 * differences[c].astype(float) for c in ("difference", "low", "high", "detectable")})
     figure = go.Figure()
     for sign in (-1, 1):
@@ -597,7 +597,7 @@ def figure_differences(differences: pd.DataFrame):
     filled = ["circle" if p < .05 else "circle-open" for p in d.p_holm]
     figure.add_scatter(x=d.difference, y=names, mode="markers", marker=dict(size=10, color=_COLOURS[1], symbol=filled), name="difference",
                        error_x=dict(type="data", array=d.high - d.difference, arrayminus=d.difference - d.low, width=4))
-    figure.add_vline(x=0, line_width=1).update_yaxes(autorange="reversed").update_xaxes(title=f"points above {html.escape(d.against.iloc[0]) if len(d) else ''}")
+    figure.add_vline(x=0, line_width=1).update_yaxes(autorange="reversed").update_xaxes(title="points" if bases else f"points above {html.escape(d.against.iloc[0]) if len(d) else ''}")
     return _layout(figure, 120 + 26 * len(d), legend=dict(orientation="h", yanchor="bottom", y=1.02)).update_layout(margin_l=260)
 
 # %% ../nbs/33_report.ipynb #b21e5265
