@@ -385,6 +385,10 @@ def _worker(job):
             text = json.dumps(_pack([*answer[:2], None if after == question else [list(args), kwargs]]))
         except Exception as error:
             text = json.dumps(_pack(["fault", f"the solution returned what is not plain data: {_describe(error)}", None]))
+        try:
+            sys.stdout.flush()  # before the answer: with the last one the tests may end, and this process with them
+        except Exception:
+            pass
         _send(6, text)
 
 
