@@ -42,7 +42,7 @@ class Evaluation(Parameters):
     benchmarks: list[str] = Field(["gsm8k"], min_length=1, description="published sets, generated tasks, reasoning_gym:<task>, or .jsonl files")
     num_samples: int = Field(1, ge=1, le=1000, description="samples a problem, k")
     max_problems: int = Field(0, ge=0, description="at most so many problems of each benchmark, a fixed subset; 0: all (50 of generated tasks)")
-    shots: int = Field(0, ge=0, le=16, description="worked examples before each question of a generated task")
+    shots: int = Field(0, ge=0, le=16, description="worked examples before each question of a generated or reasoning-gym task")
     max_completion_length: int = Field(1024, ge=1, description="tokens of a completion")
     temperature: float = Field(0.6, ge=0, description="sampling temperature; 0 takes the likeliest token")
     top_p: float = Field(0.95, gt=0, le=1, description="nucleus sampling; 1 is off")
@@ -187,7 +187,7 @@ def score_row(records, found=None) -> dict:
     if k > 1 and records.answer.notna().any():
         voted = records.assign(answer=[None if pd.isna(a) else (a, s) for a, s in zip(records.answer, records.score >= 1)])
         row[f"maj@{k}"] = float(np.mean(maj_at_k(matrix(voted, "answer"), score_P_K >= 1, k)))
-    row |= dict(truncated=float(records.truncated.mean()), right_truncated=float((records.truncated & (records.score > 0)).mean()), length=float(records.length.mean()), no_answer=float((records.reason == "no answer").mean()), timed_out=int((records.reason == "timed out").sum()),
+    row |= dict(truncated=float(records.truncated.mean()), right_truncated=float((records.truncated & (records.score >= 1)).mean()), length=float(records.length.mean()), no_answer=float((records.reason == "no answer").mean()), timed_out=int((records.reason == "timed out").sum()),
                 ungraded=int(np.isnan(graded_P_K).sum()), score_graded=float(np.nanmean(graded_P_K)) if not np.isnan(graded_P_K).all() else math.nan)
     if found is not None:
         clean = records[~records.problem_id.isin(found.test_id)]

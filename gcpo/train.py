@@ -79,7 +79,7 @@ class DataParameters(Parameters):
     eval_data: str = Field("", description="held-out questions, named as data; empty: held out from data")
     train_size: int = Field(1000, ge=1, description="training questions of a generated task")
     eval_size: int = Field(200, ge=1, description="held-out questions that an evaluation uses")
-    shots: int = Field(3, ge=0, le=16, description="worked examples before each question of a generated task")
+    shots: int = Field(3, ge=0, le=16, description="worked examples before each question of a generated or reasoning-gym task")
     prompt_style: Literal["chat", "text"] = Field("chat", description="how published problems are asked; text suits models without a chat template")
     rewards: list[str] = Field([], description="reward functions by name, or package.module:function; empty: the data's own grader")
     reward_weights: list[float] = Field([], description="one weight per reward; empty: all 1")
