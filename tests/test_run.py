@@ -51,6 +51,21 @@ def uninterrupted(tmp_path_factory):
     return directory
 
 
+def test_a_run_does_not_go_on_with_other_questions(small, tmp_path):
+    def write(first, last):
+        answers = [first, *map(str, range(2, 30)), last]
+        mine.write_text("".join(json.dumps(dict(id=str(i), prompt=f"{i} + 1 =", answer=answer)) + "\n" for i, answer in enumerate(answers)))
+
+    mine = tmp_path / "mine.jsonl"
+    asked = Config.checked({**small, "data": str(mine), "max_steps": 1, "eval_size": 6, "rewards": ["first_line_match"]})
+    write("1", "30")
+    assert train(asked) == train(asked)
+    for first, last, told in (("2", "30", "questions: there"), ("1", "29", "held_out: there")):
+        write(first, last)
+        with pytest.raises(ValueError, match=told):
+            train(asked)
+
+
 def test_two_runs_with_one_seed_agree_byte_for_byte(small, uninterrupted):
     assert command(small).returncode == 0
     again = type(uninterrupted)(small["output_dir"])
