@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -197,7 +198,7 @@ def gym_entries(task: str, count: int, seed: int) -> Iterator[dict]:
         finally:
             process.kill()
 
-
+# %% ../nbs/02_benchmark.ipynb #a46f58ef
 def gym_questions(task: str, count: int, seed: int, held_out: bool, without: Collection[str] = ()) -> list[dict]:
     "`count` entries with different questions of one side, none of them in `without`. Raises ValueError when the task does not have as many."
     found = {}
@@ -211,9 +212,14 @@ def gym_questions(task: str, count: int, seed: int, held_out: bool, without: Col
     return list(found.values())
 
 
+@cache
+def _solved(task: str, shots: int) -> list[dict]:
+    return gym_questions(task, shots, derive_seed("shots") % 2**31, held_out=False) if shots else []
+
+
 def gym_rows(task: str, count: int, seed: int = 0, held_out: bool = False, shots: int = 0, chat: bool = True) -> list[Row]:
     "`count` different questions of a reasoning-gym task, each after the same `shots` solved ones: earlier turns of a chat, or text. Raises ValueError when it does not have as many."
-    examples = gym_questions(task, shots, derive_seed("shots") % 2**31, held_out=False) if shots else []
+    examples = _solved(task, shots)
     turns = [turn for e in examples for turn in ({"role": "user", "content": e["question"]}, {"role": "assistant", "content": str(e["answer"])})]
     text = "".join(f"{e['question']}\nAnswer: {e['answer']}\n\n" for e in examples)
     rows = []
