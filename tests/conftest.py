@@ -28,12 +28,6 @@ def small(tmp_path):
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config):
-    "One more than there are cores, as many tests wait for other processes; eight at most, for the memory's sake."
-    return min(8, (os.cpu_count() or 1) + 1)
-
-
-@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     "Of several test processes one runs a file, for its fixtures' sake; notebooks go to whichever is free. (Marks of groups, as of `--dist loadgroup`, do nothing under pytest 9.2.)"
     from xdist.scheduler import LoadScopeScheduling
