@@ -23,7 +23,7 @@ def cells(path):
 
 def test_package_is_the_notebooks_export(tmp_path):
     copy = tmp_path / "copy"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "_docs", "data", "__pycache__", "*.egg-info"))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv*", ".git", "runs", "_docs", "data", "__pycache__", "*.egg-info"))
     for module in EXPORTING:
         (copy / "gcpo" / f"{module}.py").unlink()
     subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True, capture_output=True)
