@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))))  # test processes share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are small; of several test processes, threads that wait for each other would take the cores from the rest
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PLOTLY_RENDERER"] = "plotly_mimetype+notebook_connected"  # what papermill's notebooks choose by themselves
 
