@@ -30,7 +30,7 @@ demo: install ## train SmolLM2-135M with GCPO on this machine; the executed note
 
 test: install ## all tests but the slow ones
 	@echo "== every notebook's own tests, then tests/"
-	$(BIN)/python -m pytest tests -q -m "not slow" -n logical
+	$(BIN)/python -m pytest tests -q -m "not slow" -n auto
 
 slow: install ## the slow tests too
 	$(BIN)/python -m pytest tests -q

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'Row', 'largest_of_three', 'addition', 'largest_of_some', 'lowest_and_highest', 'second_largest', 'in_order',
-           'is_held_out', 'generated_rows', 'read_jsonl', 'file_rows', 'to_query']
+           'is_held_out', 'generated_rows', 'read_jsonl', 'file_rows', 'to_query', 'fingerprint']
 
 # %% ../nbs/01_data.ipynb #a61d10dd
 import json
@@ -12,7 +12,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 
@@ -166,3 +166,8 @@ def to_query(row: Row, tokenizer) -> Query:
     marked = [*row.prompt[:-1], {"role": "user", "content": row.prompt[-1]["content"] + _MARK}]
     head, cue = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True).split(_MARK)
     return Query(row.id, row.prompt, encode(head), encode(cue), row.columns)
+
+# %% ../nbs/01_data.ipynb #d7694a77
+def fingerprint(asked: Sequence[Row] | Sequence[Query]) -> str:
+    "What is asked, as a hash: ids, prompts (of queries their tokens too) and columns."
+    return f"{derive_seed(repr([(x.id, x.prompt, x.cue if isinstance(x, Row) else x.ids.tolist(), x.columns) for x in asked])):016x}"

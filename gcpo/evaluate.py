@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Evaluation', 'problems_of', 'training_rows', 'run_of', 'grades_of', 'records_of', 'write_records', 'read_part',
-           'read_records', 'matrix', 'score_row', 'unanswered', 'folder', 'fingerprint', 'weights_of', 'check_prompts',
-           'evaluate', 'sample_benchmark', 'Results', 'read_results', 'scores_of', 'compare_evaluations', 'main']
+           'read_records', 'matrix', 'score_row', 'unanswered', 'folder', 'weights_of', 'check_prompts', 'evaluate',
+           'sample_benchmark', 'Results', 'read_results', 'scores_of', 'compare_evaluations', 'main']
 
 # %% ../nbs/31_evaluate.ipynb #6058ded2
 import json
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .benchmark import GYM, grader_of, load_rows, overlap, source_rows, stops_of
 from .core import Parameters, check_directory, derive_seed, from_arguments, share_heads, write_atomic, write_manifest
-from .data import TASKS, Row, to_query
+from .data import TASKS, Row, fingerprint, to_query
 from .vllm_engine import ENGINES
 from .grade import Grade
 from .policy import Policy, for_sampling, load_policy
@@ -205,11 +205,6 @@ def folder(name: str) -> str:
     "A benchmark's name as a directory's; with a hash where the name itself would not do."
     plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
     return plain if plain == name else f"{plain}-{derive_seed(name):016x}"
-
-
-def fingerprint(rows: Sequence[Row]) -> str:
-    "What was asked, as a hash: ids, prompts and columns."
-    return f"{derive_seed(repr([(r.id, r.prompt, r.cue, r.columns) for r in rows])):016x}"
 
 
 def weights_of(model: str) -> list[list]:

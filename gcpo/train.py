@@ -10,8 +10,8 @@ __all__ = ['METHODS', 'UPSILONS', 'SIMILARITIES', 'WEIGHTINGS', 'REFERENCES', 'T
            'train_step', 'counted', 'split_by', 'check_references', 'of_all_processes', 'step_metrics', 'answer',
            'held_out_metrics', 'evaluate', 'Run', 'restore', 'check_trackers', 'Log', 'completion_rows',
            'write_completions', 'read_completions', 'join_completions', 'evaluate_run', 'write_failed', 'check_window',
-           'rehearse_rewards', 'questions_of_step', 'prepare', 'fingerprint', 'train', 'check_shares', 'held_out_told',
-           'line', 'finish', 'search_settings', 'train_by_search', 'read_run', 'main', 'launch', 'summary']
+           'rehearse_rewards', 'questions_of_step', 'prepare', 'train', 'check_shares', 'held_out_told', 'line',
+           'finish', 'search_settings', 'train_by_search', 'read_run', 'main', 'launch', 'summary']
 
 # %% ../nbs/30_train.ipynb #b8844c4b
 import json
@@ -39,7 +39,7 @@ from .advantage import clipped, flip_rate, group_advantage, has_signal, product,
 from .benchmark import grader_of, load_rows, stops_of
 from .collider import DRAWS, ENCODINGS, ORDERS, TEMPLATES, Collider, contexts_logp, continue_contexts, dependence, encode, integrate
 from .core import Group, MetricsLog, Parameters, Query, atomic, check_directory, choose, derive_seed, from_arguments, read_metrics, read_parameters, row_mask, share_heads, write_atomic, write_manifest
-from .data import Row, to_query
+from .data import Row, fingerprint, to_query
 from .kl import phi_autoregressive, phi_ess, phi_tokenwise, reading_metrics, reference_mean, reference_ratio, reference_sum, treat_floor, treat_mask
 from .loss import dr_grpo_loss, gcpo_loss, grpo_loss, gvpo_loss
 from .parallel import (ElsewhereError, ProcessesError, accelerate_launch, alike, by_first, distribute, engine_step, gather, join, kept_reference, launched, learn_together, leave, load_state, load_weights_together, micro_batches,
@@ -656,15 +656,15 @@ UNRECORDED = ("output_dir", "num_processes", "accelerate_config", "report_to", "
 
 
 class Run:
-    "A run directory: manifest, metrics, completions, checkpoints. Opening one that holds the same configuration, and the same of what is `asked`, continues it."
+    "A run directory: manifest, metrics, completions, checkpoints. Opening one of the same configuration and questions continues it."
 
-    def __init__(self, config: Config, **asked: str):
-        self.dir, self.config = by_first(partial(self._open, config, asked)), config
+    def __init__(self, config: Config, queries: Sequence[Query] = (), held_out: Sequence[Query] = ()):
+        self.dir, self.config = by_first(lambda: self._open(config, questions=fingerprint(queries), held_out=fingerprint(held_out))), config
         if not (self.dir / "manifest.json").exists():
             raise ValueError(f"process {world().rank} does not see what the first has written to '{self.dir}': output_dir must lie on a file system that all machines share")
 
     @staticmethod
-    def _open(config: Config, asked: dict) -> Path:
+    def _open(config: Config, **asked: str) -> Path:
         directory = check_directory(config, UNRECORDED, **asked)
         write_manifest(directory, config, UNRECORDED, **asked)
         for part in [*directory.glob("checkpoints/part-*"), *directory.glob("completions/*.part")]:
@@ -864,11 +864,6 @@ def prepare(config: Config) -> tuple[Recipe, Policy, list, list]:
     return recipe, policy, queries, eval_queries
 
 
-def fingerprint(queries: Sequence[Query]) -> str:
-    "What is asked, as a hash: ids, tokens and columns. A file that was edited, or a generator that draws others, is noticed before a run goes on with it."
-    return f"{derive_seed(repr([(q.id, q.ids.tolist(), q.columns) for q in queries])):016x}"
-
-
 def _lora(config: Config):
     from peft import LoraConfig
     return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -884,7 +879,7 @@ def train(config: Config) -> Path:
     by_first(lambda: check_directory(config, UNRECORDED))
     recipe, policy, queries, held_out = prepare(config)
     check_shares(config, len(held_out))
-    run, policy = Run(config, questions=fingerprint(queries), held_out=fingerprint(held_out)), distribute(policy)
+    run, policy = Run(config, queries, held_out), distribute(policy)
     if by_first(run.adapter.is_dir):
         return run.dir
     reference, optimiser = kept_reference(policy) if config.beta > 0 and config.objective != "gvpo" else None, Optimiser(policy, config)
@@ -968,7 +963,7 @@ def train_by_search(config: Config) -> Path:
         raise ValueError("objective='rest_mcts' searches in one process: start it without accelerate launch or torchrun")
     check_directory(config, UNRECORDED)
     training, (recipe, policy, queries, held_out) = search_settings(config), prepare(config)
-    run, rounds = Run(config, questions=fingerprint(queries), held_out=fingerprint(held_out)), sorted(Path(config.output_dir).glob("search/round-*"))
+    run, rounds = Run(config, queries, held_out), sorted(Path(config.output_dir).glob("search/round-*"))
     if run.adapter.is_dir():
         return run.dir
     value = ValueHead(policy.causal_lm.config.get_text_config().hidden_size, seed=config.seed)

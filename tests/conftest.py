@@ -28,6 +28,12 @@ def small(tmp_path):
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    "As many as there are cores; eight at most, for the memory's sake."
+    return min(8, os.cpu_count() or 1)
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     "Of several test processes one runs a file, for its fixtures' sake; notebooks go to whichever is free. (Marks of groups, as of `--dist loadgroup`, do nothing under pytest 9.2.)"
     from xdist.scheduler import LoadScopeScheduling

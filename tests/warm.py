@@ -18,7 +18,7 @@ def _become(printed: str, code: str, arguments: list[str]) -> None:
     exec(code, {"__name__": "__main__"})
 
 
-def warm(code: str, *arguments: str, timeout: float = 1800) -> subprocess.CompletedProcess:
+def warm(code: str, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
     "`python -c code arguments` in the working directory and environment that the tests began with; stdout holds all that was printed."
     with tempfile.TemporaryDirectory() as place:
         printed = Path(place) / "printed"
