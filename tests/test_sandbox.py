@@ -314,17 +314,16 @@ LIES = {
     "huge integer": ("def f(x): return 10 ** 100_000", "AssertionError"),
     "tests in frames": ("import sys, gc\ndef f(x):\n    frame, text = sys._getframe(), ''\n    while frame: text, frame = text + repr(frame.f_locals) + repr(frame.f_globals), frame.f_back\n    text += ''.join(repr(o) for o in gc.get_objects() if type(o) in (dict, list, tuple, str))\n    assert not any(c == 'S' and text.startswith('ECRET', i + 1) for i, c in enumerate(text)), 'seen'\n    raise KeyError('unseen')", "KeyError: 'unseen'"),
     "tests in memory": ("""
-import ctypes
+import ctypes, os
 def f(x):
-    base = id(object())
     libc = ctypes.CDLL(None)
-    vector = (ctypes.c_ubyte * 1)()
-    start, seen = base & ~0xFFF, 0
+    out, into = os.pipe()
+    start, seen = id(object()) & ~0xFFF, 0
     for step in range(-2048, 2048):
-        address = start + step * 4096
-        if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(4096), vector) == 0:
+        wrote = libc.write(into, ctypes.c_void_p(start + step * 4096), ctypes.c_size_t(4096))
+        if wrote > 0:  # where there is nothing to read, -1 and no signal
             seen += 1
-            data = ctypes.string_at(address, 4096)
+            data = os.read(out, wrote)
             assert not any(part.endswith(b'S') for part in data.split(b'ECRET')[:-1]), 'seen'
     raise KeyError('unseen' if seen > 100 else 'no memory read')
 """, "KeyError: 'unseen'"),
