@@ -243,9 +243,10 @@ class Root(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedPolicy(Policy):
-    "A policy whose `model` holds a part of each weight. `root`: what FSDP2 or ZeRO-3 runs. `frame`: the same model with empty weights."
+    "A policy whose `model` holds a part of each weight. `root`: what FSDP2 or ZeRO-3 runs. `frame`: the same model with empty weights. `divisor`: what its backward pass divides the sum of all processes' gradients by."
     root: Root
     frame: nn.Module
+    divisor: float
 
 
 def distribute(policy: Policy) -> Policy:
@@ -256,7 +257,14 @@ def distribute(policy: Policy) -> Policy:
     frame, root = copy.deepcopy(policy.model, memo=empty), (_fsdp2 if strategy() == "fsdp2" else _zero3)(policy)
     if not all(sharded(held(p)) for p in policy.model.parameters()):
         raise RuntimeError(f"{strategy()} left weights whole")
-    return ShardedPolicy(policy.model, policy.tokenizer, policy.name, root=root, frame=frame)
+    return ShardedPolicy(policy.model, policy.tokenizer, policy.name, root=root, frame=frame, divisor=_divisor(policy.device) if strategy() == "fsdp2" else world().size)
+
+
+def _divisor(device: torch.device) -> float:
+    "FSDP2 asks for the average of the processes' gradients, and where it is taken by gloo, torch 2.7 gives their sum without a word: so it is tried. A collective call."
+    average = torch.empty(1, device=device)
+    dist.reduce_scatter_tensor(average, torch.ones(world().size, device=device), op=dist.ReduceOp.AVG)
+    return world().size / average.item()
 
 
 def _fsdp2(policy: Policy) -> Root:
@@ -337,7 +345,7 @@ def _topped_up(policy: Policy, compute: Callable[[], tuple], reads: int, unlearn
         hook.remove()
     nothing = sum(0 * policy.logits(s[-1:]).sum() for s in states if s.requires_grad)
     told.append(rest)
-    return loss * world().size + nothing
+    return loss * policy.divisor + nothing
 
 # %% ../nbs/29_parallel.ipynb #0ca5ff2d
 def whole_state(optimiser: torch.optim.Optimizer, weights: Sequence[nn.Parameter] = ()) -> dict:
