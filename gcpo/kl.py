@@ -23,7 +23,8 @@ def k3(logp, ref_logp, clamp=20.0):
     Raises ValueError when the shapes differ or clamp is not positive."""
     require_shape("k3", "ref_logp", ref_logp, logp.shape, "both are log-probs of the same tokens")
     if not clamp > 0: raise ValueError(f"k3: clamp is {clamp}; it bounds |log(r/p)| in nats and must be positive, e.g. 20 or 5")
-    d = (upcast(ref_logp) - upcast(logp)).clamp(-clamp, clamp)
+    d = upcast(ref_logp) - upcast(logp)
+    d = d.where(d.abs() <= clamp, d.detach().clamp(-clamp, clamp))  # at the bound itself clamp's own gradient is 1 or, in torch 2.15, 0
     return torch.expm1(d) - d
 
 # %% ../nbs/21_kl.ipynb #a97e0ee3

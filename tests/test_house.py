@@ -32,12 +32,12 @@ def test_package_is_the_notebooks_export(tmp_path):
 
 
 def test_notebooks_are_clean(tmp_path):
-    for nb in [*NOTEBOOKS, ROOT / "nbs" / "index.ipynb", *(ROOT / "nbs" / "tours").glob("*.ipynb")]:
-        copy = tmp_path / nb.name
-        shutil.copy(nb, copy)
-        shutil.copy(ROOT / "settings.ini", tmp_path / "settings.ini")
-        subprocess.run([BIN / "nbdev_clean", "--fname", copy], cwd=tmp_path, check=True, capture_output=True)
-        assert json.loads(copy.read_text()) == json.loads(nb.read_text()), f"{nb.name}: run nbdev_clean"
+    notebooks = [*NOTEBOOKS, ROOT / "nbs" / "index.ipynb", *(ROOT / "nbs" / "tours").glob("*.ipynb")]
+    for file in [ROOT / "settings.ini", *notebooks]:
+        shutil.copy(file, tmp_path)
+    subprocess.run([BIN / "nbdev_clean", "--fname", tmp_path], cwd=tmp_path, check=True, capture_output=True)
+    for nb in notebooks:
+        assert json.loads((tmp_path / nb.name).read_text()) == json.loads(nb.read_text()), f"{nb.name}: run nbdev_clean"
         assert nb.stat().st_size < 600_000
 
 
