@@ -254,27 +254,29 @@ def distribute(policy: Policy) -> Policy:
     if world().size == 1 or strategy() == "ddp":
         return policy
     empty = {id(p): nn.Parameter(p.detach().new_empty(0), requires_grad=p.requires_grad) for p in policy.model.parameters()}
-    frame, root = copy.deepcopy(policy.model, memo=empty), (_fsdp2 if strategy() == "fsdp2" else _zero3)(policy)
+    frame = copy.deepcopy(policy.model, memo=empty)
+    root, divisor = _fsdp2(policy) if strategy() == "fsdp2" else (_zero3(policy), world().size)
     if not all(sharded(held(p)) for p in policy.model.parameters()):
         raise RuntimeError(f"{strategy()} left weights whole")
-    return ShardedPolicy(policy.model, policy.tokenizer, policy.name, root=root, frame=frame, divisor=_divisor(policy.device) if strategy() == "fsdp2" else world().size)
+    return ShardedPolicy(policy.model, policy.tokenizer, policy.name, root=root, frame=frame, divisor=divisor)
 
 
-def _divisor(device: torch.device) -> float:
-    "FSDP2 asks for the average of the processes' gradients, and where it is taken by gloo, torch 2.7 gives their sum without a word: so it is tried. A collective call."
-    average = torch.empty(1, device=device)
-    dist.reduce_scatter_tensor(average, torch.ones(world().size, device=device), op=dist.ReduceOp.AVG)
-    return world().size / average.item()
-
-
-def _fsdp2(policy: Policy) -> Root:
+def _fsdp2(policy: Policy) -> tuple[Root, float]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    mesh, root = init_device_mesh(policy.device.type, (world().size,)), Root(policy.model)
+    shard = partial(fully_shard, mesh=init_device_mesh(policy.device.type, (world().size,)))
+    divisor = _divisor(shard, policy.trainable()[0])
     reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true"
     for layer in _layers(policy):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
-    return fully_shard(root, mesh=mesh)
+        shard(layer, reshard_after_forward=reshard)
+    return shard(Root(policy.model)), divisor
+
+
+def _divisor(shard: Callable[[nn.Module], nn.Module], like: nn.Parameter) -> float:
+    "Seen on a weight like this one, whose gradient is 1 in each process: FSDP2 asks for their average, of which gloo makes the sum in torch 2.7 (float32)."
+    line = shard(nn.utils.skip_init(nn.Linear, 1, 1, bias=False, device=like.device, dtype=like.dtype))
+    line(like.new_ones(1, 1)).sum().backward()
+    return world().size / line.weight.grad.full_tensor().item()
 
 
 def _layers(policy: Policy) -> list[nn.Module]:
