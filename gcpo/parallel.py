@@ -273,7 +273,7 @@ def _fsdp2(policy: Policy) -> tuple[Root, float]:
 
 
 def _divisor(shard: Callable[[nn.Module], nn.Module], like: nn.Parameter) -> float:
-    "Seen on a weight like this one, whose gradient is 1 in each process: FSDP2 asks for their average, of which gloo makes the sum in torch 2.7 (float32)."
+    "What the sum of gradients is divided by, seen on a weight like this one, whose gradient is 1 in each process: FSDP2 asks for their average, of which gloo makes the sum in torch 2.7 (float32)."
     line = shard(nn.utils.skip_init(nn.Linear, 1, 1, bias=False, device=like.device, dtype=like.dtype))
     line(like.new_ones(1, 1)).sum().backward()
     return world().size / line.weight.grad.full_tensor().item()
